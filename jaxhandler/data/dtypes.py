@@ -1,0 +1,146 @@
+"""Which dtypes rows may have, and what happens to the wide ones JAX would narrow silently."""
+
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxhandler.errors import check_choice, explain
+
+__all__ = ["aligned_copy", "aligned_empty", "check_dtype", "check_fits", "narrow"]
+
+# XLA's CPU client takes a host buffer as it lies, without a copy, from this alignment on.
+_ALIGNMENT = 64
+_REMEDIES = {
+    "O": "Convert it to numbers first, with .astype(...); a list of rows of one length becomes an array.",
+    "U": "Encode the text as integers first.",
+    "S": "Encode the text as integers first.",
+    "M": "Convert it to numbers first, with .astype('int64') and an offset that fits.",
+    "m": "Convert it to numbers first, with .astype('float32').",
+    "V": "Split the fields into leaves of their own, one array each.",
+}
+
+
+def check_dtype(name: str, array: Any, narrowing: str = "warn") -> np.dtype:
+    """Returns the dtype that the rows of `array` will have on the device.
+
+    Args:
+        name: Argument and path of the leaf, for messages.
+        array: Anything with a `dtype`.
+        narrowing: What a float64 (or complex128) leaf does where JAX has 64-bit types disabled:
+            "warn" once, "raise", or "allow" it silently. Integers of 64 bits are narrowed without a
+            word and checked value by value instead.
+
+    Returns:
+        A NumPy dtype that JAX has.
+
+    Raises:
+        TypeError: If JAX has no such dtype, or `narrowing="raise"` and the leaf would be narrowed.
+        ValueError: If `narrowing` is unknown.
+    """
+    check_choice("narrowing", narrowing, ("warn", "raise", "allow"))
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        fix = "Pass jax.random.key_data(keys) and wrap them again in the model."
+        raise TypeError(explain(name, seen="random keys", expected="numbers", fix=fix))
+    dtype = np.dtype(array.dtype)
+    expected = "numbers or bools that JAX has"
+    if isinstance(array, np.ma.MaskedArray):
+        fix = "Fill it with .filled(...), and pass the mask as a leaf of its own."
+        raise TypeError(explain(name, seen="a masked array", expected=expected, fix=fix))
+    if dtype.kind in _REMEDIES and not jax.dtypes.issubdtype(dtype, np.number):
+        fix = _REMEDIES[dtype.kind]
+        raise TypeError(explain(name, seen=f"dtype {dtype}", expected=expected, fix=fix))
+    if not dtype.isnative:
+        fix = 'Convert it first, with .astype(x.dtype.newbyteorder("=")).'
+        raise TypeError(explain(name, seen=f"byte order {dtype.str}", expected="native", fix=fix))
+    if dtype.itemsize > (16 if dtype.kind == "c" else 8):
+        fix = "Convert it first, with .astype('float64')."
+        raise TypeError(explain(name, seen=f"dtype {dtype}", expected=expected, fix=fix))
+    target = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+    if target != dtype and dtype.kind in "fc" and narrowing != "allow":
+        fix = (
+            f"Store it as {target}, set jax_enable_x64, or open it with "
+            'jh.open_source(..., narrowing="allow").'
+        )
+        text = explain(name, seen=str(dtype), expected=str(target), fix=fix)
+        if narrowing == "raise":
+            raise TypeError(text)
+        warnings.warn(f"{text} It is narrowed.", stacklevel=2)
+    return target
+
+
+def check_fits(
+    name: str, array: np.ndarray, target: np.dtype, rows: int | np.ndarray = 0
+) -> None:
+    """Refuses integers that `target` cannot hold.
+
+    Args:
+        name: Argument and path of the leaf, for messages.
+        array: Rows `[n, ...]`.
+        target: The dtype they will have.
+        rows: The source's number of the first row, or of every row, for messages.
+
+    Raises:
+        OverflowError: If a value does not fit; names its row.
+    """
+    if array.dtype.kind not in "iu" or array.dtype == target or array.size == 0:
+        return
+    limits = np.iinfo(target)
+    low, high = array.min(), array.max()
+    if low >= limits.min and high <= limits.max:
+        return
+    wrong = np.argwhere((array < limits.min) | (array > limits.max))[0]
+    value, row = array[tuple(wrong)], _row_number(rows, wrong)
+    fix = "Subtract an offset, split the number in two, or set jax_enable_x64."
+    expected = f"{limits.min} to {limits.max} ({target})"
+    raise OverflowError(explain(name, seen=f"{value} in row {row}", expected=expected, fix=fix))
+
+
+def narrow(
+    name: str, array: np.ndarray, target: np.dtype, rows: int | np.ndarray = 0
+) -> np.ndarray:
+    """Returns fresh memory that holds `array` as `target`, refusing values that do not fit.
+
+    Args:
+        name: Argument and path of the leaf, for messages.
+        array: Rows `[n, ...]`.
+        target: The dtype they will have.
+        rows: The source's number of the first row, or of every row, for messages.
+
+    Returns:
+        A new array of dtype `target`.
+
+    Raises:
+        OverflowError: If an integer does not fit, or a finite float becomes infinite.
+    """
+    check_fits(name, array, target, rows)
+    with np.errstate(over="ignore"):
+        narrowed = aligned_copy(array, target)
+    if array.dtype.kind in "fc" and array.dtype != target:
+        lost = np.isinf(narrowed) & np.isfinite(array)
+        if lost.any():
+            wrong = np.argwhere(lost)[0]
+            seen = f"{array[tuple(wrong)]} in row {_row_number(rows, wrong)}"
+            fix = "Scale the values, or set jax_enable_x64."
+            raise OverflowError(explain(name, seen=seen, expected=f"a finite {target}", fix=fix))
+    return narrowed
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns uninitialised fresh memory that XLA's CPU client can take as it lies."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    offset = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[offset : offset + size].view(dtype).reshape(shape)
+
+
+def aligned_copy(array: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
+    """Returns a copy of `array` in fresh memory, as `dtype` where that is given."""
+    copy = aligned_empty(array.shape, dtype or array.dtype)
+    np.copyto(copy, array, casting="unsafe")
+    return copy
+
+
+def _row_number(rows: int | np.ndarray, wrong: np.ndarray) -> int:
+    return int(rows[wrong[0]]) if isinstance(rows, np.ndarray) else rows + int(wrong[0])

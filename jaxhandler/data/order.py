@@ -1,0 +1,142 @@
+"""The order rows are visited in: a function of the order key, the epoch and the macrobatch size."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxhandler.errors import check_choice, explain
+
+__all__ = ["SHUFFLES", "Visit", "check_order", "macrobatch_rows", "num_visits", "visits"]
+
+SHUFFLES = (None, "blocks", "rows", "global")
+
+
+class Visit(NamedTuple):
+    """One macrobatch to be visited.
+
+    Attributes:
+        epoch: Epoch, 0-based.
+        position: Its place in the epoch's order, 0-based.
+        block: Its number in the data, 0-based; None under global shuffle.
+        start: Its first row in the data; 0 under global shuffle.
+        rows: Rows it visits.
+        order: None where rows are visited as they lie, else `[rows]` row numbers: counted from
+            `start`, or from the data's first row under global shuffle.
+        batches: Size and block number of each batch in the order visited; the number is None where
+            rows are shuffled.
+    """
+
+    epoch: int
+    position: int
+    block: int | None
+    start: int
+    rows: int
+    order: np.ndarray | None
+    batches: tuple[tuple[int, int | None], ...]
+
+
+def macrobatch_rows(macrobatch_size: int, batch_size: int) -> int:
+    """Returns `macrobatch_size` rounded down to whole batches, at least one."""
+    return max(macrobatch_size // batch_size, 1) * batch_size
+
+
+def num_visits(num_rows: int, size: int, batch_size: int, tail: str) -> int:
+    """Returns how many macrobatches an epoch visits."""
+    return -(-_visited(num_rows, batch_size, tail) // size)
+
+
+def check_order(shuffle: object, key: object, *, scattered: bool) -> None:
+    """Refuses an order that cannot be drawn.
+
+    Args:
+        shuffle: None, "blocks", "rows" or "global".
+        key: The order key, needed by all but None.
+        scattered: Whether the source reads scattered rows, needed by "global".
+
+    Raises:
+        ValueError: If the shuffle is unknown, has no key, or the source cannot read scattered rows.
+    """
+    check_choice("shuffle", shuffle, SHUFFLES)
+    if shuffle is not None and key is None:
+        fix = "Pass key=jax.random.key(...)."
+        raise ValueError(explain("key", seen="None", expected=f"a key for {shuffle=}", fix=fix))
+    if shuffle == "global" and not scattered:
+        fix = 'Use shuffle="rows", or rewrite the data in a random order once.'
+        seen = "a source that reads ranges only"
+        expected = 'one that reads scattered rows for shuffle="global"'
+        raise ValueError(explain("data", seen=seen, expected=expected, fix=fix))
+
+
+def visits(
+    num_rows: int,
+    size: int,
+    batch_size: int,
+    *,
+    tail: str = "exact",
+    shuffle: str | None = None,
+    key: Any = None,
+    epoch: int = 0,
+) -> Iterator[Visit]:
+    """Yields one epoch's macrobatches in the order they are visited.
+
+    `None` keeps the data's order. `"blocks"` permutes macrobatches, and the batches inside each, as
+    PuzzleLib's trainer does; a short batch may then come anywhere in its macrobatch. `"rows"`
+    permutes macrobatches and the rows inside each. `"global"` permutes all rows, as `"rows"` does
+    when one macrobatch holds them all. Drawn on the host with NumPy's Philox, nothing is compiled.
+
+    Args:
+        num_rows: Rows of the data, `N`.
+        size: Rows of a macrobatch, a whole number of batches.
+        batch_size: Rows of a batch.
+        tail: With "drop", the rows of the short batch are left out.
+        shuffle: One of `SHUFFLES`.
+        key: The order key; None draws nothing.
+        epoch: Which epoch, 0-based; each has its own order.
+
+    Yields:
+        `Visit`s.
+    """
+    visited = _visited(num_rows, batch_size, tail)
+    starts = np.arange(0, visited, size)
+    if shuffle == "global":
+        # One macrobatch of all rows, visited in pieces.
+        everything = _generator(key, epoch, 0).permutation(num_rows)
+        for position, start in enumerate(range(0, visited, size)):
+            order = everything[start : min(start + size, visited)]
+            batches = tuple((count, None) for count in _cut(len(order), batch_size))
+            yield Visit(epoch, position, None, 0, len(order), order, batches)
+        return
+    if shuffle is not None:
+        starts = _generator(key, epoch).permutation(starts)
+    for position, start in enumerate(map(int, starts)):
+        whole = min(size, num_rows - start)
+        rows = min(whole, visited - start)
+        block, order = start // size, None
+        counts = _cut(rows, batch_size)
+        batches = tuple((count, number) for number, count in enumerate(counts))
+        if shuffle == "rows":
+            order = _generator(key, epoch, block).permutation(whole)[:rows]
+            batches = tuple((count, None) for count in counts)
+        elif shuffle == "blocks":
+            numbers = _generator(key, epoch, block).permutation(len(counts))
+            batches = tuple((counts[number], int(number)) for number in numbers)
+            pieces = [number * batch_size + np.arange(counts[number]) for number in numbers]
+            order = np.concatenate(pieces)
+        yield Visit(epoch, position, block, start, rows, order, batches)
+
+
+def _visited(num_rows: int, batch_size: int, tail: str) -> int:
+    return num_rows // batch_size * batch_size if tail == "drop" else num_rows
+
+
+def _cut(rows: int, batch_size: int) -> list[int]:
+    full, rest = divmod(rows, batch_size)
+    return [batch_size] * full + [rest] * (rest > 0)
+
+
+def _generator(key: Any, *numbers: int) -> np.random.Generator:
+    data = jax.random.key_data(key) if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    seed = [*np.ravel(np.asarray(data)).tolist(), *numbers]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))

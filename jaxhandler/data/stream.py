@@ -1,0 +1,201 @@
+"""Macrobatches on their way: read ahead in a thread, arranged on the host, placed on the device."""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from jaxhandler.data.columns import device_rows
+from jaxhandler.data.dtypes import aligned_empty
+from jaxhandler.data.order import Visit
+from jaxhandler.data.placement import place_rows
+from jaxhandler.data.sources import Source
+
+__all__ = ["Clock", "Lane", "Layout", "Macrobatch", "load", "place", "read_ahead"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Clock:
+    """Adds up seconds by stage; each stage is timed from one thread only."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.seconds = dict.fromkeys(("read", "transfer", "compute", "write", "wait"), 0.0)
+
+    @contextlib.contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Adds the time of the block to `stage`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+
+
+class Lane:
+    """Runs calls one after another: in a thread of its own, or, unthreaded, when they are asked for.
+
+    Args:
+        name: The thread's name; None for no thread.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name) if name else None
+
+    def submit(self, fn: Callable[..., R], *args: Any) -> Callable[[], R]:
+        """Hands over a call; the function returned waits for its result or raises its error."""
+        if self._pool is None:
+            return lambda: fn(*args)
+        future: Future[R] = self._pool.submit(fn, *args)
+        return future.result
+
+    def close(self) -> None:
+        """Drops calls that have not begun and waits for the one that has."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def read_ahead(lane: Lane, fn: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
+    """Yields `fn(item)` in order, with up to `depth` further calls under way in `lane`.
+
+    Args:
+        lane: Where the calls run.
+        fn: What to call.
+        items: What to call it with; drawn as calls are handed over.
+        depth: Calls ahead of the one whose result is yielded.
+
+    Yields:
+        Results, in order.
+
+    Example:
+        >>> list(read_ahead(Lane(None), str, [1, 2, 3], depth=1))
+        ['1', '2', '3']
+    """
+    ahead: deque[Callable[[], R]] = deque()
+    for item in items:
+        ahead.append(lane.submit(fn, item))
+        if len(ahead) > depth:
+            yield ahead.popleft()()
+    while ahead:
+        yield ahead.popleft()()
+
+
+class Layout(NamedTuple):
+    """How macrobatches are laid out for the fold.
+
+    Attributes:
+        size: Rows of a whole macrobatch.
+        batch_size: Rows of a batch.
+        scan: Whether a whole macrobatch goes through one plan.
+        pad: Whether a short batch is filled up by repeating its last row.
+        gather: Whether a scan draws shuffled rows by index, rather than the host permuting them.
+    """
+
+    size: int
+    batch_size: int
+    scan: bool
+    pad: bool
+    gather: bool
+
+
+class Macrobatch(NamedTuple):
+    """A macrobatch, first in host memory and, once placed, on the device.
+
+    Attributes:
+        visit: Which rows it holds.
+        block: All rows where it runs as one scan: leaves `[S, B, ...]`, or `[M, ...]` if `order` is
+            given.
+        order: `[S, B]` int32, where each row of a batch lies in `block`; None if they lie in order.
+        batches: Where it runs in a loop, one tree `[B, ...]` per batch.
+        index: Row numbers in the source, `[S, B]` int32 or a list of `[B]`.
+    """
+
+    visit: Visit
+    block: Any
+    order: np.ndarray | None
+    batches: list[Any]
+    index: Any
+
+
+def load(source: Source, visit: Visit, layout: Layout) -> Macrobatch:
+    """Reads the rows of a visit and arranges them on the host; only views where nothing moves.
+
+    Args:
+        source: Where rows come from.
+        visit: Which ones.
+        layout: How the fold wants them.
+
+    Returns:
+        A macrobatch in host memory.
+    """
+    order = visit.order
+    if visit.block is None:
+        assert source.take is not None and order is not None
+        rows, index, order = source.take(order), order.astype(np.int32), None
+    else:
+        whole = min(layout.size, source.num_rows - visit.start)
+        stop = visit.start + (visit.rows if order is None else whole)
+        rows = source.read(visit.start, stop)
+        lies = np.arange(visit.rows) if order is None else order
+        index = (visit.start + lies).astype(np.int32)
+    scan = layout.scan and visit.rows == layout.size
+    if order is not None and not (scan and layout.gather):
+        rows, order = jax.tree.map(lambda leaf: _permute(leaf, order), rows), None
+    size = layout.batch_size
+    if scan:
+        if order is not None:
+            order = order.reshape(-1, size).astype(np.int32)
+        else:
+            rows = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), rows)
+        return Macrobatch(visit, rows, order, [], index.reshape(-1, size))
+    batches, indices, start = [], [], 0
+    for count, _ in visit.batches:
+        batch = jax.tree.map(lambda leaf: _rows(leaf, start, count), rows)  # noqa: B023
+        numbers = index[start : start + count]
+        if layout.pad and count < size:
+            # A real row: zeros would make NaN gradients behind the mask.
+            filled = np.minimum(np.arange(size), count - 1)
+            batch, numbers = jax.tree.map(lambda leaf: _permute(leaf, filled), batch), numbers[filled]  # noqa: B023
+        batches.append(batch)
+        indices.append(numbers)
+        start += count
+    return Macrobatch(visit, None, None, batches, indices)
+
+
+def place(macrobatch: Macrobatch, sharding: Sharding | None) -> Macrobatch:
+    """Returns the macrobatch with its rows on the device.
+
+    Args:
+        macrobatch: One in host memory; its buffers are handed over and never written to again.
+        sharding: That of a batch, or None for the default device.
+
+    Returns:
+        The same macrobatch, leaves JAX arrays.
+    """
+    if macrobatch.block is not None:
+        leading = 1 if macrobatch.order is None else 0
+        block = place_rows(macrobatch.block, sharding, leading=leading)
+        return macrobatch._replace(block=block)
+    return macrobatch._replace(batches=place_rows(macrobatch.batches, sharding))
+
+
+def _permute(leaf: Any, order: np.ndarray) -> Any:
+    if isinstance(leaf, jax.Array):
+        return leaf.at[order].get(mode="clip")
+    rows = aligned_empty((len(order), *leaf.shape[1:]), leaf.dtype)
+    np.take(leaf, order, axis=0, out=rows, mode="clip")
+    return rows
+
+
+def _rows(leaf: Any, start: int, count: int) -> Any:
+    if isinstance(leaf, jax.Array):
+        return device_rows(leaf, start, count)
+    return leaf[start : start + count]

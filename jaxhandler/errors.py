@@ -1,0 +1,82 @@
+"""One form for every message: what was given, what was seen, what was expected, what to do."""
+
+from collections.abc import Sequence
+
+__all__ = ["NonFiniteError", "check_choice", "check_count", "explain"]
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a parameter became NaN or infinite while `on_nonfinite="raise"` was in force.
+
+    Example:
+        >>> issubclass(NonFiniteError, FloatingPointError)
+        True
+    """
+
+
+def explain(argument: str, *, seen: str, expected: str, fix: str = "", path: str = "") -> str:
+    """Returns the text of an error in the one form that all of them share.
+
+    Args:
+        argument: The name of the argument as the caller wrote it.
+        seen: What was found there.
+        expected: What would have been right.
+        fix: What to do about it, a whole sentence.
+        path: The leaf's path inside the argument, such as `['x'][0]`.
+
+    Returns:
+        One line of text.
+
+    Example:
+        >>> explain("data", path="['x']", seen="7 rows", expected="8 rows", fix="Cut it.")
+        "data['x']: saw 7 rows, expected 8 rows. Cut it."
+    """
+    return f"{argument}{path}: saw {seen}, expected {expected}. {fix}".rstrip()
+
+
+def check_count(argument: str, value: object, *, least: int = 1) -> int:
+    """Returns `value` if it is a whole number of at least `least`, refusing bools and floats.
+
+    Args:
+        argument: The name of the argument as the caller wrote it.
+        value: What the caller gave.
+        least: The smallest number that makes sense.
+
+    Returns:
+        The number as an `int`.
+
+    Raises:
+        TypeError: If `value` is not a whole number.
+        ValueError: If `value` is below `least`.
+
+    Example:
+        >>> check_count("batch_size", 128)
+        128
+    """
+    expected = f"a whole number of at least {least}"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        seen = f"{value!r} ({type(value).__name__})"
+        raise TypeError(explain(argument, seen=seen, expected=expected))
+    number = value.__index__()  # pyright: ignore[reportAttributeAccessIssue]
+    if number < least:
+        raise ValueError(explain(argument, seen=str(number), expected=expected))
+    return number
+
+
+def check_choice(argument: str, value: object, choices: Sequence[object]) -> None:
+    """Refuses a `value` that is none of `choices`.
+
+    Args:
+        argument: The name of the argument as the caller wrote it.
+        value: What the caller gave.
+        choices: What it may be.
+
+    Raises:
+        ValueError: If `value` is none of them.
+
+    Example:
+        >>> check_choice("tail", "pad", ("exact", "pad", "drop"))
+    """
+    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+        expected = "one of " + ", ".join(repr(choice) for choice in choices)
+        raise ValueError(explain(argument, seen=repr(value), expected=expected))

@@ -1,0 +1,208 @@
+"""Files that are whole or absent: atomic writes, digests, and manifests that say what is complete."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxhandler.errors import explain
+
+__all__ = [
+    "MANIFEST",
+    "atomic_write",
+    "digest",
+    "manifest_of",
+    "partial_of",
+    "publish",
+    "read_manifest",
+    "remove",
+    "sync_folder",
+    "write_manifest",
+]
+
+MANIFEST = "manifest.json"
+_FORMAT = "jaxhandler"
+_LARGEST_MANIFEST = 64 * 2**20
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a path to write to; when the block ends well, its file takes the place of `path`.
+
+    A reader sees the old file or the new one, never a part. Where the block raises, nothing changes.
+
+    Args:
+        path: Where the file shall appear.
+
+    Yields:
+        A path in the same folder, unused until now.
+
+    Raises:
+        OSError: If the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "note.txt"
+        >>> with atomic_write(path) as fresh:
+        ...     _ = fresh.write_text("whole")
+        >>> path.read_text()
+        'whole'
+    """
+    target = Path(path)
+    fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        yield fresh
+        with open(fresh, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(fresh, target)
+    finally:
+        fresh.unlink(missing_ok=True)
+    sync_folder(target.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames inside the folder `path` last, where the system can."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def digest(path: str | os.PathLike[str]) -> str:
+    """Returns the SHA-256 of a file in hexadecimal, read in pieces.
+
+    Args:
+        path: The file.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        OSError: If the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "empty"
+        >>> path.touch()
+        >>> digest(path)[:8]
+        'e3b0c442'
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def partial_of(path: Path) -> Path:
+    """Returns where the rows of an output at `path` are written until it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
+def manifest_of(path: Path) -> Path:
+    """Returns where the manifest of a file or folder of ours lies: beside it, or inside it."""
+    if path.is_dir():
+        return path / MANIFEST
+    return path.with_name(f"{path.name}.{MANIFEST}")
+
+
+def write_manifest(path: Path, content: dict[str, Any]) -> None:
+    """Writes a manifest, JSON with sorted keys, atomically.
+
+    Args:
+        path: The manifest's own path.
+        content: What it says; `complete` is false until the last byte of the data is on disk.
+
+    Raises:
+        OSError: If it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "manifest.json"
+        >>> write_manifest(path, {"complete": False, "rows": 3})
+        >>> read_manifest(path)["rows"]
+        3
+    """
+    with atomic_write(path) as fresh:
+        text = json.dumps({"format": _FORMAT, "version": 1, **content}, indent=1, sort_keys=True)
+        fresh.write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """Returns what a manifest of ours says, or None where there is none.
+
+    Args:
+        path: The manifest's own path.
+
+    Returns:
+        Its content, or None if the file is absent or not of ours.
+
+    Raises:
+        ValueError: If the file says it is ours but is damaged, too large, or names files outside.
+
+    Example:
+        >>> read_manifest(Path("nowhere.json")) is None
+        True
+    """
+    try:
+        size = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    fix = "Delete the output and write it again."
+    if size > _LARGEST_MANIFEST:
+        expected = f"at most {_LARGEST_MANIFEST}"
+        raise ValueError(explain(str(path), seen=f"{size} bytes", expected=expected, fix=fix))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        text = explain(str(path), seen="no valid JSON", expected="a manifest", fix=fix)
+        raise ValueError(text) from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        return None
+    for name in content.get("files", {}):
+        if name != os.path.basename(name) or name in ("", ".", ".."):
+            expected = "plain names in its own folder"
+            raise ValueError(explain(str(path), seen=f"the file {name!r}", expected=expected, fix=fix))
+    return content
+
+
+def publish(path: Path, manifest: dict[str, Any]) -> None:
+    """Turns the finished `path.partial` into `path`, replacing what an earlier run left there.
+
+    Killed at any point, `path` is the old output, the new one, or absent with `path.partial` whole;
+    it is never half of one.
+
+    Args:
+        path: Where the output shall appear; a file or a folder.
+        manifest: What its manifest shall say besides `complete`.
+
+    Raises:
+        OSError: If the output cannot be moved.
+    """
+    partial = partial_of(path)
+    if partial.is_dir():
+        write_manifest(partial / MANIFEST, {**manifest, "complete": True})
+        replaced = path.with_name(path.name + ".replaced")
+        remove(replaced)
+        if path.exists():
+            os.rename(path, replaced)
+        os.rename(partial, path)
+        sync_folder(path.parent)
+        remove(replaced)
+        return
+    manifest_of(path).unlink(missing_ok=True)
+    os.replace(partial, path)
+    write_manifest(manifest_of(path), {**manifest, "complete": True})
+    manifest_of(partial).unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a folder with all that is in it; absent is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,69 @@
+"""What a step puts out, made ready for the sink: trimmed rows, or one entry per step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhandler.data.order import Visit
+from jaxhandler.handlers.program import Program
+
+__all__ = ["joined_specs", "output_pieces"]
+
+
+def joined_specs(out: Any, num_rows: int, axis: int) -> Any:
+    """Returns the types of a step's outputs over `num_rows` rows instead of one batch."""
+
+    def join(spec: Any) -> jax.ShapeDtypeStruct:
+        shape = (*spec.shape[:axis], num_rows, *spec.shape[axis + 1 :])
+        return jax.ShapeDtypeStruct(shape, spec.dtype)
+
+    return jax.tree.map(join, out)
+
+
+def output_pieces(
+    program: Program, visit: Visit, outs: list[Any], *, scanned: bool
+) -> list[Any] | None:
+    """Returns the outputs of one macrobatch as trees that follow each other along the row axis.
+
+    Args:
+        program: The handler's program.
+        visit: The rows they belong to.
+        outs: One output `[S, ...]` of a scan, or one per batch of a loop.
+        scanned: Which of the two.
+
+    Returns:
+        For "rows" trees `[..., r, ...]` without padded rows, one for a scan; for "steps" a single
+        tree of NumPy arrays `[S, ...]`; None where outputs are discarded.
+    """
+    if program.outputs is None:
+        return None
+    if program.outputs == "steps":
+        host = jax.device_get(outs)
+        return host if scanned else [jax.tree.map(lambda *steps: np.stack(steps), *host)]
+    axis = program.row_axis
+    if scanned:
+        return [jax.tree.map(lambda leaf: _flatten(leaf, axis), outs[0])]
+    return [
+        jax.tree.map(lambda leaf: _trim(leaf, rows, axis), out)  # noqa: B023
+        for out, (rows, _) in zip(outs, visit.batches, strict=True)
+    ]
+
+
+def _flatten(leaf: jax.Array, axis: int) -> Any:
+    array: Any = _host(leaf)
+    if axis:
+        array = (jnp if isinstance(array, jax.Array) else np).moveaxis(array, 0, axis)
+    return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
+
+
+def _trim(leaf: jax.Array, rows: int, axis: int) -> Any:
+    array: Any = _host(leaf)
+    return array if array.shape[axis] == rows else array[(slice(None),) * axis + (slice(rows),)]
+
+
+def _host(leaf: jax.Array) -> Any:
+    """On CPU the array is host memory already, and NumPy reshapes it without compiling."""
+    on_cpu = all(device.platform == "cpu" for device in leaf.devices())
+    return np.asarray(leaf) if on_cpu else leaf

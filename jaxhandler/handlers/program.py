@@ -1,0 +1,99 @@
+"""What a handler is made of: the user's function, how a step is built from it, and how it is run."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxhandler.errors import check_choice, check_count, explain
+from jaxhandler.plans import PlanCache
+from jaxhandler.typing import Callback, Step
+
+__all__ = ["Program", "check_builder"]
+
+TAILS = ("exact", "pad", "drop")
+MODES = ("auto", "scan", "loop")
+
+
+class Program(NamedTuple):
+    """The immutable description of a handler, from which another one can be rebuilt.
+
+    Attributes:
+        fn: The user's function, before differentiation.
+        make_step: `make_step(fn)` gives the step `(consts, carry, batch) -> (carry, out)`.
+        build: `build(program)` gives a handler of the same type.
+        plans: The plan cache.
+        traces: What tracing a step has shown, so that a second run does not trace again.
+        outputs: "rows" (leaves `[B, ...]`, trimmed and joined), "steps" (one per batch) or None.
+        batch_size: Rows of a batch, `B`.
+        tail: "exact", "pad" or "drop".
+        mode: "auto", "scan" or "loop".
+        donate: Whether plans may take over the carry's memory.
+        init: Makes the first carry, where the handler has one of its own.
+        metrics: `metrics(outs)` gives named means of outputs `[S, ...]`, for those who watch.
+        next_epoch: `next_epoch(carry)` gives the carry the next epoch starts from.
+        on_batch_finish: Called after each batch.
+        members: Models that the step runs at once; None for one model without a member axis.
+        row_axis: Where the rows are in the output leaves.
+    """
+
+    fn: Any
+    make_step: Callable[[Any], Step]
+    build: Callable[["Program"], Any]
+    plans: PlanCache
+    traces: PlanCache
+    outputs: str | None = "rows"
+    batch_size: int = 128
+    tail: str = "exact"
+    mode: str = "auto"
+    donate: bool = False
+    init: Callable[..., Any] | None = None
+    metrics: Callable[[Any], dict[str, Any]] | None = None
+    next_epoch: Callable[[Any], Any] | None = None
+    on_batch_finish: Callback | None = None
+    members: int | None = None
+    row_axis: int = 0
+
+
+def check_builder(
+    fn: object,
+    name: str,
+    batch_size: int,
+    tail: str,
+    mode: str,
+    on_batch_finish: object,
+    plans: object,
+) -> int:
+    """Refuses what no handler can be built from; returns the batch size as an `int`.
+
+    Args:
+        fn: The user's function.
+        name: How the builder calls it.
+        batch_size: As given.
+        tail: As given.
+        mode: As given.
+        on_batch_finish: As given.
+        plans: As given.
+
+    Returns:
+        `batch_size`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a value that makes no sense.
+    """
+    if not callable(fn):
+        raise TypeError(explain(name, seen=f"a {type(fn).__name__}", expected="a function"))
+    check_choice("tail", tail, TAILS)
+    check_choice("mode", mode, MODES)
+    if on_batch_finish is not None:
+        if not callable(on_batch_finish):
+            seen = f"a {type(on_batch_finish).__name__}"
+            raise TypeError(explain("on_batch_finish", seen=seen, expected="a function"))
+        if mode == "scan":
+            fix = 'Use mode="auto" or "loop": a scan runs all batches of a macrobatch as one.'
+            raise ValueError(
+                explain("on_batch_finish", seen='mode="scan"', expected="a loop", fix=fix)
+            )
+    if plans is not None and not isinstance(plans, PlanCache):
+        seen = f"a {type(plans).__name__}"
+        raise TypeError(explain("plans", seen=seen, expected="a jh.PlanCache, or None"))
+    return check_count("batch_size", batch_size)

@@ -1,0 +1,188 @@
+"""A step as XLA sees it: traced and checked once per row spec, compiled as one batch or one block."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhandler.errors import explain
+from jaxhandler.handlers.program import Program
+from jaxhandler.plans import compile_plan, signature
+from jaxhandler.trees import leaves_with_paths
+from jaxhandler.typing import Batch, Step
+
+__all__ = ["Plans", "Traced", "trace_step"]
+
+
+class Traced(NamedTuple):
+    """What tracing a step on one batch has shown.
+
+    Attributes:
+        out: The types of its output, a tree of `jax.ShapeDtypeStruct`.
+        convolves: Whether it contains a convolution.
+    """
+
+    out: Any
+    convolves: bool
+
+
+def trace_step(
+    program: Program, step: Step, consts: Any, carry: Any, specs: Any, rows: int
+) -> Traced:
+    """Traces a step on a batch of `rows` rows and checks what it gives; once per types.
+
+    Args:
+        program: The handler's program.
+        step: Its step.
+        consts: As the step takes them.
+        carry: As the step takes it.
+        specs: A tree of `jax.ShapeDtypeStruct` `[N, ...]`.
+        rows: Rows of the batch to trace with.
+
+    Returns:
+        A `Traced`.
+
+    Raises:
+        TypeError: If the step does not give a pair.
+        ValueError: If the carry comes back with another structure or other types, or an output
+            leaf does not have one row per row.
+    """
+    struct = lambda spec: jax.ShapeDtypeStruct((rows, *spec.shape[1:]), spec.dtype)  # noqa: E731
+    data = jax.tree.map(struct, specs)
+
+    def trace() -> Traced:
+        index = jax.ShapeDtypeStruct((rows,), np.int32)
+        scalar = jax.ShapeDtypeStruct((), np.int32)
+        # A fresh function, lest jit's own cache keep the trace after ours has dropped it.
+        traced = jax.jit(lambda *args: _batch(step, *args)).trace(
+            consts, carry, data, index, scalar, scalar if program.tail == "pad" else None
+        )
+        after, out = traced.out_info
+        _check_carry(carry, after)
+        if program.outputs is not None:
+            _check_out(program, out, rows)
+        return Traced(out, _convolves(traced.jaxpr))
+
+    key = (step, program.tail, signature((consts, carry, data)))
+    return program.traces.get(key, trace)
+
+
+@dataclass
+class Plans:
+    """The plans of one run, each looked up once."""
+
+    program: Program
+    step: Step
+    out_shardings: Any
+
+    def __post_init__(self) -> None:
+        self._found: dict[Hashable, Any] = {}
+
+    def _step(self, consts: Any, carry: Any, batch: Batch) -> tuple[Any, Any]:
+        carry, out = self.step(consts, carry, batch)
+        # Something must say when a plan has run, also where outputs are not wanted.
+        return carry, out if self.program.outputs is not None else jnp.zeros((), bool)
+
+    def batch(self, size: int, args: tuple[Any, ...]) -> Any:
+        """Returns the plan for one batch of `size` rows, called with arguments like `args`."""
+        return self._find(("batch", size), _batch, args)
+
+    def block(self, args: tuple[Any, ...]) -> Any:
+        """Returns the plan for a whole macrobatch, called with arguments like `args`."""
+        return self._find(("block", args[3] is None), _block, args)
+
+    def _find(self, name: Hashable, fn: Any, args: tuple[Any, ...]) -> Any:
+        plan = self._found.get(name)
+        if plan is None:
+            donate = (1,) if self.program.donate else ()
+            key = (self.step, name, donate, signature(args))
+            build = lambda: compile_plan(  # noqa: E731
+                lambda *args: fn(self._step, *args),
+                args,
+                donate=donate,
+                out_shardings=self.out_shardings,
+            )
+            plan = self._found[name] = self.program.plans.get(key, build)
+        return plan
+
+
+def _batch(
+    step: Step, consts: Any, carry: Any, data: Any, index: Any, position: Any, count: Any
+) -> tuple[Any, Any]:
+    size = index.shape[0]
+    mask = jnp.ones(size, bool) if count is None else jnp.arange(size, dtype=jnp.int32) < count
+    return _named(step, consts, carry, Batch(data, mask, index, position))
+
+
+def _block(
+    step: Step, consts: Any, carry: Any, data: Any, order: Any, index: Any
+) -> tuple[Any, Any]:
+    steps, size = index.shape
+    mask = jnp.ones(size, bool)
+
+    def body(carry: Any, xs: tuple[Any, ...]) -> tuple[Any, Any]:
+        rows, lies, index, position = xs
+        if order is not None:
+            rows = jax.tree.map(lambda leaf: leaf.at[lies].get(mode="promise_in_bounds"), data)
+        return _named(step, consts, carry, Batch(rows, mask, index, position))
+
+    rows = data if order is None else None
+    return jax.lax.scan(body, carry, (rows, order, index, jnp.arange(steps, dtype=jnp.int32)))
+
+
+def _named(step: Step, consts: Any, carry: Any, batch: Batch) -> tuple[Any, Any]:
+    with jax.named_scope("jaxhandler_step"):
+        result = step(consts, carry, batch)
+    if not isinstance(result, tuple) or len(result) != 2:
+        seen = f"a {type(result).__name__}"
+        fix = "Return a pair, the carry first; an empty tuple stands for nothing."
+        raise TypeError(explain("step_fn", seen=seen, expected="(carry, out)", fix=fix))
+    return result
+
+
+def _check_carry(before: Any, after: Any) -> None:
+    fix = "A step must give the carry back as it came: same tree, shapes and dtypes."
+    old, new = jax.tree.structure(before), jax.tree.structure(after)
+    if old != new:
+        raise ValueError(explain("carry", seen=f"{new} returned", expected=str(old), fix=fix))
+    for (path, a), (_, b) in zip(leaves_with_paths(before), leaves_with_paths(after), strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            seen, expected = f"{_describe(b)} returned", _describe(a)
+            raise ValueError(explain("carry", path=path, seen=seen, expected=expected, fix=fix))
+
+
+def _check_out(program: Program, out: Any, rows: int) -> None:
+    leaves, axis = leaves_with_paths(out), program.row_axis
+    if not leaves:
+        fix = "Return an array, or make the handler with outputs=None."
+        raise ValueError(explain("outputs", seen="no leaves", expected="an array", fix=fix))
+    for path, leaf in leaves if program.outputs == "rows" else ():
+        if len(leaf.shape) <= axis or leaf.shape[axis] != rows:
+            text = explain(
+                "outputs",
+                path=path,
+                seen=f"{_describe(leaf)} for a batch of {rows} rows",
+                expected=f"{rows} along axis {axis}",
+                fix='Keep the row axis, or use jh.handler(..., outputs="steps") for one per batch.',
+            )
+            raise ValueError(text)
+
+
+def _describe(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _convolves(jaxpr: Any) -> bool:
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            return True
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if (hasattr(value, "eqns") or hasattr(value, "jaxpr")) and _convolves(value):
+                return True
+    return False

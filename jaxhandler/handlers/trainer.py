@@ -1,0 +1,297 @@
+"""The trainer: a loss and an optimiser, stepped over all rows for some epochs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxhandler.data.sources import Source, open_source, resident_source
+from jaxhandler.errors import check_choice, check_count, explain
+from jaxhandler.handlers.finite import FiniteCheck
+from jaxhandler.handlers.fold import Options, consume, folding
+from jaxhandler.handlers.handler import RESIDENT, Handler
+from jaxhandler.handlers.means import merged
+from jaxhandler.handlers.program import Program, check_builder
+from jaxhandler.handlers.training import TrainInfo, TrainState, init_state, make_train_step
+from jaxhandler.handlers.validator import check_rows
+from jaxhandler.plans import PlanCache
+from jaxhandler.typing import Callback, Placement, Step
+
+__all__ = ["Trainer", "trainer"]
+
+
+@dataclass(frozen=True)
+class Trainer(Handler):
+    """Trains parameters on rows; made by `jh.trainer`.
+
+    Attributes:
+        program: Its description.
+        on_nonfinite: What a NaN or infinity does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, jaxhandler as jh
+        >>> tr = jh.trainer(lambda w, x: (w - x) ** 2, optax.sgd(0.25), batch_size=2)
+        >>> state = tr.init(jnp.float32(0), key=jax.random.key(0))
+        >>> state, info = tr.train(state, jnp.ones(4))
+        >>> float(state.params), info.losses
+        (0.75, array([1.  , 0.25]))
+    """
+
+    on_nonfinite: str = "raise"
+
+    def init(
+        self, params: Any, *, key: Any, model_state: Any = (), order_key: Any = None
+    ) -> TrainState:
+        """Makes the state that training starts from.
+
+        Args:
+            params: The parameters, any pytree of floating arrays; they stay the caller's.
+            key: A random key, `jax.random.key(...)`; steps derive theirs from it.
+            model_state: What `has_state=True` threads, batch statistics for instance.
+            order_key: What rows are shuffled with; None derives one from `key`.
+
+        Returns:
+            A `TrainState`.
+
+        Raises:
+            TypeError: If `key` is no key, or a leaf of `params` is no floating array.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, optax, jaxhandler as jh
+            >>> tr = jh.trainer(lambda w, x: w * x, optax.sgd(0.1))
+            >>> int(tr.init(jnp.zeros(()), key=jax.random.key(0)).step)
+            0
+        """
+        assert self.program.init is not None
+        return self.program.init(params, key=key, model_state=model_state, order_key=order_key)
+
+    def train(
+        self, state: TrainState, data: Any, *, shuffle: str | None = "rows", epochs: int = 1
+    ) -> tuple[TrainState, TrainInfo]:
+        """Trains on rows on the device.
+
+        Args:
+            state: Where training stands; never donated, a copy of it is.
+            data: JAX or NumPy arrays `[N, ...]`, any pytree.
+            shuffle: "rows" or "global" for a new order of all rows in every epoch, "blocks" for one
+                of whole batches, None to keep the order.
+            epochs: How often to go over all rows.
+
+        Returns:
+            `(state, info)`, the `TrainState` after and a `TrainInfo` of all steps.
+
+        Raises:
+            NonFiniteError: If a loss or a parameter is not finite and `on_nonfinite="raise"`.
+            TypeError: If a leaf is no array, or has a dtype JAX does not have.
+            ValueError: If there are no rows, leaves disagree about `N`, or the loss has no fitting
+                shape.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, optax, jaxhandler as jh
+            >>> tr = jh.trainer(lambda w, x: (w - x) ** 2, optax.sgd(0.25), batch_size=2)
+            >>> state = tr.init(jnp.float32(0), key=jax.random.key(0))
+            >>> state, info = tr.train(state, jnp.ones(4), epochs=3)
+            >>> int(state.epoch), int(state.step), len(info.losses)
+            (3, 6, 6)
+        """
+        shuffle = "global" if shuffle == "rows" else shuffle
+        options = RESIDENT._replace(shuffle=shuffle, epochs=epochs)
+        return self._train(state, resident_source(data), options)
+
+    def train_from_host(
+        self,
+        state: TrainState,
+        data: Any,
+        *,
+        shuffle: str | None = "rows",
+        epochs: int = 1,
+        macrobatch_size: int | str = 10_000,
+        on_macrobatch_start: Callback | None = None,
+        on_macrobatch_finish: Callback | None = None,
+        progress: bool = False,
+        read_ahead: int = 1,
+        sharding: Placement = None,
+    ) -> tuple[TrainState, TrainInfo]:
+        """Trains on rows in host memory or on disk, a macrobatch on the device at a time.
+
+        Args:
+            state: Where training stands; never donated, a copy of it is.
+            data: What `jh.open_source` takes.
+            shuffle: "rows" permutes macrobatches and the rows inside each, "blocks" macrobatches and
+                the batches inside each, "global" all rows (for sources that read scattered rows),
+                None keeps the order.
+            epochs: How often to go over all rows.
+            macrobatch_size: Rows on the device at once, rounded down to whole batches, or "auto".
+            on_macrobatch_start: Called with a `Progress` before each macrobatch.
+            on_macrobatch_finish: Called with a `Progress` once its batches are under way.
+            progress: Whether to draw a bar.
+            read_ahead: Macrobatches read ahead in a thread; 0 reads them when they are needed.
+            sharding: How a batch lies on several devices: a `Sharding`, or a `PartitionSpec` under
+                the caller's mesh.
+
+        Returns:
+            `(state, info)`, the `TrainState` after and a `TrainInfo` of all steps.
+
+        Raises:
+            NonFiniteError: If a loss or a parameter is not finite and `on_nonfinite="raise"`.
+            TypeError: If a leaf is no array, or has a dtype JAX does not have.
+            ValueError: If there are no rows, leaves disagree about `N`, or the loss has no fitting
+                shape.
+            OSError: If rows cannot be read.
+
+        Example:
+            >>> import jax, numpy as np, optax, jaxhandler as jh
+            >>> tr = jh.trainer(lambda w, x: (w - x) ** 2, optax.sgd(0.25), batch_size=2)
+            >>> state = tr.init(np.float32(0), key=jax.random.key(0))
+            >>> state, info = tr.train_from_host(state, np.ones(4, np.float32), macrobatch_size=2)
+            >>> info.report.rows
+            4
+        """
+        options = Options(
+            macrobatch_size=macrobatch_size,
+            shuffle=shuffle,
+            epochs=epochs,
+            on_macrobatch_start=on_macrobatch_start,
+            on_macrobatch_finish=on_macrobatch_finish,
+            progress=progress,
+            read_ahead=read_ahead,
+            sharding=sharding,
+        )
+        return self._train(state, open_source(data), options)
+
+    def _train(
+        self, state: TrainState, source: Source, options: Options
+    ) -> tuple[TrainState, TrainInfo]:
+        if not isinstance(state, TrainState):
+            fix = "Make it with trainer.init(params, key=...)."
+            seen = f"a {type(state).__name__}"
+            raise TypeError(explain("state", seen=seen, expected="a TrainState", fix=fix))
+        check_rows(source)
+        epoch = int(np.ravel(np.asarray(state.epoch))[0])
+        options = options._replace(key=state.order_key, first_epoch=epoch)
+        check = FiniteCheck(self.program.plans, self.on_nonfinite == "raise", source.name)
+        infos: list[TrainInfo] = []
+
+        def finished(macrobatch: Any) -> None:
+            infos.append(macrobatch.block)
+            check(macrobatch)
+
+        run = folding(self.program, self.step, (), state, source, options)
+        result = consume(run, finished)
+        info: TrainInfo = jax.tree.map(lambda *parts: np.concatenate(parts), *infos)
+        if self.program.members is not None:
+            info = jax.tree.map(lambda leaf: np.moveaxis(leaf, 0, 1), info)
+        return result.carry, info._replace(report=result.report)
+
+
+def trainer(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    has_state: bool = False,
+    has_key: bool = False,
+    accumulate: int = 1,
+    on_nonfinite: str = "raise",
+    donate: bool = True,
+    batch_size: int = 128,
+    tail: str = "exact",
+    mode: str = "auto",
+    on_batch_finish: Callback | None = None,
+    plans: PlanCache | None = None,
+) -> Trainer:
+    """Makes a trainer of a loss and an optimiser.
+
+    Args:
+        loss_fn: `loss_fn(params, batch)`, pure, `batch` a tree of rows `[B, ...]`; gives the mean of
+            the batch as a scalar, one value per row `[B]`, or a `jh.Mean`.
+        optimizer: An optax gradient transformation.
+        has_state: Whether it is `loss_fn(params, model_state, batch) -> (loss, model_state)`, for
+            batch statistics and the like.
+        has_key: Whether it takes a keyword `key`, a new one in every step, for dropout.
+        accumulate: Micro-batches a batch is split into; their gradients are added by rows, so the
+            step equals one on the whole batch, in less memory.
+        on_nonfinite: "raise" stops a run whose loss or parameters are not finite, one macrobatch
+            late; "skip" leaves out steps whose loss or gradients are not finite; "ignore" goes on.
+        donate: Whether plans may take over the memory of the state's copy, which halves what it
+            needs.
+        batch_size: Rows of a batch, `B`.
+        tail: What becomes of the short last batch: "exact" is a step on its own rows, "pad" repeats
+            its last row and masks it (losses `[B]` only, no `has_state`), "drop" leaves it out.
+        mode: "scan" runs a whole macrobatch as one plan, "loop" batch after batch; "auto" loops on
+            CPU where the loss contains a convolution, which XLA slows down threefold in a scan.
+        on_batch_finish: Called with a `Progress` after every batch; makes "auto" a loop.
+        plans: A `jh.PlanCache` to share; None makes a new one.
+
+    Returns:
+        A `Trainer`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a value that makes no sense.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, jaxhandler as jh
+        >>> def loss_fn(params, batch):
+        ...     return (batch["x"] @ params - batch["y"]) ** 2
+        >>> tr = jh.trainer(loss_fn, optax.adam(0.1), batch_size=4)
+        >>> data = {"x": jnp.eye(8), "y": jnp.arange(8.0)}
+        >>> state = tr.init(jnp.zeros(8), key=jax.random.key(0))
+        >>> state, info = tr.train(state, data, epochs=200)
+        >>> bool(info.losses[-1] < 0.1)
+        True
+    """
+    batch_size = check_builder(loss_fn, "loss_fn", batch_size, tail, mode, on_batch_finish, plans)
+    accumulate = check_count("accumulate", accumulate)
+    check_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "ignore"))
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        seen = f"a {type(optimizer).__name__}"
+        fix = "Pass optax.adam(1e-3), for instance."
+        text = explain("optimizer", seen=seen, expected="an optax transformation", fix=fix)
+        raise TypeError(text)
+    if tail == "pad" and has_state:
+        fix = 'Use tail="exact": padded rows would enter the statistics.'
+        raise ValueError(
+            explain("tail", seen='"pad" with has_state=True', expected='"exact" or "drop"', fix=fix)
+        )
+
+    def make_step(fn: Callable[..., Any]) -> Step:
+        return make_train_step(
+            fn,
+            optimizer,
+            has_state=has_state,
+            has_key=has_key,
+            accumulate=accumulate,
+            skip=on_nonfinite == "skip",
+            pad=tail == "pad",
+        )
+
+    def init(params: Any, *, key: Any, model_state: Any = (), order_key: Any = None) -> TrainState:
+        return init_state(optimizer, params, key, model_state, order_key)
+
+    return Trainer(
+        Program(
+            fn=loss_fn,
+            make_step=make_step,
+            build=lambda program: Trainer(program, on_nonfinite),
+            plans=plans or PlanCache(),
+            traces=PlanCache(),
+            outputs="steps",
+            batch_size=batch_size,
+            tail=tail,
+            mode=mode,
+            donate=donate,
+            init=init,
+            metrics=lambda info: {"loss": merged(info)},
+            next_epoch=_next_epoch,
+            on_batch_finish=on_batch_finish,
+        ),
+        on_nonfinite,
+    )
+
+
+def _next_epoch(state: TrainState) -> TrainState:
+    epoch = np.asarray(state.epoch) + np.int32(1)
+    return state._replace(epoch=jax.device_put(epoch, state.epoch.sharding))

@@ -1,0 +1,206 @@
+"""What a train step is: gradients by rows, micro-batches, mutable state, keys, and the state itself."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxhandler.errors import explain
+from jaxhandler.handlers.means import as_mean, merged
+from jaxhandler.trees import leaves_with_paths
+from jaxhandler.typing import Batch, Mean, RunReport, Step
+
+__all__ = ["TrainInfo", "TrainState", "init_state", "make_train_step"]
+
+
+class TrainState(NamedTuple):
+    """Where training stands: a plain pytree, all that a run needs to go on.
+
+    Attributes:
+        params: The parameters.
+        opt_state: The optimiser's state.
+        model_state: Batch statistics and the like; `()` without `has_state`.
+        key: A random key; the key of a step is `fold_in(key, step)`.
+        order_key: What the order of rows is drawn from.
+        step: int32 scalar, steps taken.
+        epoch: int32 scalar, whole epochs gone over.
+        active: bool scalar, whether the model still trains; for members of an ensemble.
+
+    Example:
+        >>> TrainState._fields[:3]
+        ('params', 'opt_state', 'model_state')
+    """
+
+    params: Any
+    opt_state: Any
+    model_state: Any
+    key: Any
+    order_key: Any
+    step: Any
+    epoch: Any
+    active: Any
+
+
+class TrainInfo(NamedTuple):
+    """What happened in each of `S` steps, NumPy arrays.
+
+    Attributes:
+        total: `[S]`, the sum of the loss over the step's rows (or its `Mean`'s total).
+        count: `[S]`, what to divide it by.
+        finite: `[S]` bool, whether the step's loss (with "skip" its gradients too) was finite.
+        report: Where the time of the run went.
+
+    Example:
+        >>> info = TrainInfo(np.array([4.0, 1.0]), np.array([2.0, 1.0]), np.array([True, True]))
+        >>> info.losses, round(info.loss, 3)
+        (array([2., 1.]), 1.667)
+    """
+
+    total: Any
+    count: Any
+    finite: Any
+    report: RunReport = RunReport()
+
+    @property
+    def losses(self) -> np.ndarray:
+        """`[S]`, the mean loss of each step."""
+        return np.asarray(self.total, np.float64) / np.asarray(self.count, np.float64)
+
+    @property
+    def loss(self) -> Any:
+        """The mean loss over all rows of all steps."""
+        return merged(Mean(self.total, self.count), axis=-1)
+
+
+def init_state(
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    key: Any,
+    model_state: Any,
+    order_key: Any,
+) -> TrainState:
+    """Makes a `TrainState`; see `Trainer.init`."""
+    for path, leaf in leaves_with_paths(params):
+        dtype = getattr(leaf, "dtype", None)
+        if not isinstance(leaf, float) and (
+            dtype is None or not jax.dtypes.issubdtype(dtype, np.inexact)
+        ):
+            seen = f"a {type(leaf).__name__}" if dtype is None else f"dtype {dtype}"
+            fix = "Keep what is not trained in model_state, or close over it."
+            raise TypeError(
+                explain("params", path=path, seen=seen, expected="a floating array", fix=fix)
+            )
+    key = _as_key("key", key)
+    # One compilation, and none of the eager operations of an optimiser's init.
+    opt_state = jax.jit(optimizer.init)(params)
+    if order_key is None:
+        order_key = jax.random.fold_in(key, np.uint32(2**32 - 1))
+    return TrainState(
+        params=params,
+        opt_state=opt_state,
+        model_state=model_state,
+        key=key,
+        order_key=_as_key("order_key", order_key),
+        step=jax.device_put(np.int32(0)),
+        epoch=jax.device_put(np.int32(0)),
+        active=jax.device_put(np.bool_(True)),
+    )
+
+
+def make_train_step(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    has_state: bool,
+    has_key: bool,
+    accumulate: int,
+    skip: bool,
+    pad: bool,
+) -> Step:
+    """Builds `step((), state, batch) -> (state, TrainInfo)` of one loss and optimiser."""
+
+    def objective(params: Any, model_state: Any, data: Any, mask: Any, key: Any) -> Any:
+        args = (params, model_state, data) if has_state else (params, data)
+        result = loss_fn(*args, **({"key": key} if has_key else {}))
+        if has_state and (not isinstance(result, tuple) or len(result) != 2):
+            seen, expected = f"a {type(result).__name__}", "(loss, model_state) with has_state=True"
+            raise TypeError(explain("loss_fn", seen=seen, expected=expected))
+        loss, model_state = result if has_state else (result, model_state)
+        mean = as_mean(loss, mask, name="loss_fn", pad=pad)
+        if mean.total.shape != ():
+            seen = f"a Mean of shape {list(mean.total.shape)}"
+            raise ValueError(explain("loss_fn", seen=seen, expected="a scalar loss"))
+        # A micro-batch may have no rows of its own, and a Mean may count none.
+        count = jnp.where(mean.count > 0, mean.count, jnp.ones_like(mean.count))
+        return mean.total / count, (mean, model_state)
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+
+    def whole(state: TrainState, batch: Batch, key: Any) -> tuple[Mean, Any, Any]:
+        (_, (mean, model_state)), grads = gradient(
+            state.params, state.model_state, batch.data, batch.mask, key
+        )
+        return mean, model_state, grads
+
+    def in_pieces(state: TrainState, batch: Batch, key: Any) -> tuple[Mean, Any, Any]:
+        rows = batch.mask.shape[0]
+        size = -(-rows // accumulate)
+        model_state, mean, sums = state.model_state, None, None
+        piece_gradient = jax.jit(gradient)
+        for number, start in enumerate(range(0, rows, size)):
+            piece = jax.tree.map(
+                lambda leaf: leaf[start : start + size],  # noqa: B023
+                (batch.data, batch.mask),
+            )
+            # Lest XLA run the pieces side by side and need the memory of all of them.
+            piece, model_state, sums = jax.lax.optimization_barrier((piece, model_state, sums))
+            piece_key = jax.random.fold_in(key, number) if has_key else key
+            (_, (part, model_state)), grads = piece_gradient(
+                state.params, model_state, *piece, piece_key
+            )
+            grads = jax.tree.map(lambda leaf: leaf * part.count.astype(leaf.dtype), grads)  # noqa: B023
+            sums = grads if sums is None else jax.tree.map(jnp.add, sums, grads)
+            mean = part if mean is None else jax.tree.map(jnp.add, mean, part)
+        assert mean is not None
+        divide = lambda leaf: leaf / jnp.maximum(mean.count, 1).astype(leaf.dtype)  # noqa: E731
+        return mean, model_state, jax.tree.map(divide, sums)
+
+    def step(consts: Any, state: TrainState, batch: Batch) -> tuple[TrainState, TrainInfo]:
+        key = jax.random.fold_in(state.key, state.step) if has_key else None
+        compute = whole if accumulate == 1 else in_pieces
+        mean, model_state, grads = compute(state, batch, key)
+        finite = jnp.isfinite(mean.total)
+
+        def update() -> tuple[Any, Any, Any]:
+            # Optax counts steps in int32 and takes powers of them; strict promotion forbids that.
+            with jax.numpy_dtype_promotion("standard"):
+                updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            return optax.apply_updates(state.params, updates), opt_state, model_state
+
+        if skip:
+            for leaf in jax.tree.leaves(grads):
+                finite &= jnp.isfinite(leaf).all()
+            keep = lambda: (state.params, state.opt_state, state.model_state)  # noqa: E731
+            params, opt_state, model_state = jax.lax.cond(finite, update, keep)
+        else:
+            params, opt_state, model_state = update()
+        state = state._replace(
+            params=params, opt_state=opt_state, model_state=model_state, step=state.step + 1
+        )
+        return state, TrainInfo(mean.total, mean.count, finite, report=())  # pyright: ignore[reportArgumentType]
+
+    return step  # pyright: ignore[reportReturnType]
+
+
+def _as_key(name: str, key: Any) -> Any:
+    """Takes typed keys, and legacy ones as well."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return key
+    if dtype == np.uint32:
+        return jax.random.wrap_key_data(key)
+    fix = "Pass jax.random.key(0), for instance."
+    raise TypeError(explain(name, seen=f"a {type(key).__name__}", expected="a random key", fix=fix))

@@ -1,0 +1,242 @@
+"""The plan cache: one compiled executable per abstract signature, built once, counted, freed when evicted."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxhandler.errors import check_count
+
+__all__ = ["PlanCache", "PlanStats", "compile_plan", "signature"]
+
+
+class PlanStats(NamedTuple):
+    """What a plan cache has done since it was made.
+
+    Attributes:
+        hits: Look-ups that found their plan.
+        misses: Look-ups that did not, those that waited for another thread's build included.
+        compiles: Plans built.
+        compile_seconds: Seconds spent building, traces included.
+        evictions: Plans dropped to stay within the bound.
+        size: Plans held now.
+
+    Example:
+        >>> PlanCache().stats().compiles
+        0
+    """
+
+    hits: int
+    misses: int
+    compiles: int
+    compile_seconds: float
+    evictions: int
+    size: int
+
+
+@dataclass(slots=True)
+class _Entry:
+    plan: Any
+    used: int
+
+
+@dataclass
+class PlanCache:
+    """Holds plans by key; safe to use from several threads, and the only state a handler has.
+
+    A miss is single-flight: threads that ask for a key while it is being built wait for that one
+    build, and all others are served meanwhile. A build that fails is never kept; those who waited
+    get its error, and the next one who asks builds again.
+
+    Args:
+        max_plans: The most plans to hold; the one unused for longest is dropped first. None, the
+            default, holds all.
+
+    Raises:
+        TypeError: If `max_plans` is not a whole number.
+        ValueError: If `max_plans` is below one.
+
+    Example:
+        >>> cache = PlanCache()
+        >>> cache.get("key", lambda: "plan"), cache.get("key", lambda: "never built")
+        ('plan', 'plan')
+        >>> cache.stats().hits
+        1
+    """
+
+    max_plans: int | None = None
+    _plans: dict[Hashable, _Entry] = field(default_factory=dict, init=False, repr=False)
+    _building: dict[Hashable, Future[Any]] = field(default_factory=dict, init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    _tick: Any = field(default_factory=itertools.count, init=False, repr=False)
+    _counts: dict[str, float] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.max_plans is not None:
+            check_count("max_plans", self.max_plans)
+        names = ("hits", "misses", "compiles", "compile_seconds", "evictions")
+        self._counts = dict.fromkeys(names, 0)
+
+    def get(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """Returns the plan for `key`, building it where nobody has.
+
+        Args:
+            key: What tells this plan from others; `signature` makes the part that arrays decide.
+            build: Called without arguments, outside every lock.
+
+        Returns:
+            The plan.
+
+        Raises:
+            Exception: Whatever `build` raises.
+        """
+        entry = self._plans.get(key)
+        if entry is not None:
+            entry.used = next(self._tick)
+            self._count("hits", 1)
+            return entry.plan
+        with self._lock:
+            entry = self._plans.get(key)
+            future = self._building.get(key)
+            self._counts["hits" if entry else "misses"] += 1
+            mine = entry is None and future is None
+            if mine:
+                future = self._building[key] = Future()
+        if entry is not None:
+            return entry.plan
+        assert future is not None
+        return self._build(key, build, future) if mine else self._wait(key, build, future)
+
+    def _build(self, key: Hashable, build: Callable[[], Any], future: Future[Any]) -> Any:
+        start = time.perf_counter()
+        try:
+            plan = build()
+        except BaseException as error:
+            with self._lock:
+                del self._building[key]
+            future.set_exception(error)
+            raise
+        with self._lock:
+            self._plans[key] = _Entry(plan, next(self._tick))
+            self._counts["compiles"] += 1
+            self._counts["compile_seconds"] += time.perf_counter() - start
+            while self.max_plans is not None and len(self._plans) > self.max_plans:
+                del self._plans[min(self._plans, key=lambda key: self._plans[key].used)]
+                self._counts["evictions"] += 1
+            del self._building[key]
+        future.set_result(plan)
+        return plan
+
+    def _wait(self, key: Hashable, build: Callable[[], Any], future: Future[Any]) -> Any:
+        error = future.exception()
+        if error is None:
+            return future.result()
+        if isinstance(error, Exception):
+            raise error
+        # Somebody else's Ctrl-C is not ours: build it ourselves.
+        return self.get(key, build)
+
+    def _count(self, name: str, by: float) -> None:
+        with self._lock:
+            self._counts[name] += by
+
+    def stats(self) -> PlanStats:
+        """Returns the counts so far, all of one moment."""
+        with self._lock:
+            counts = {name: int(count) for name, count in self._counts.items()}
+            seconds = float(self._counts["compile_seconds"])
+            return PlanStats(**{**counts, "compile_seconds": seconds, "size": len(self._plans)})
+
+    def clear(self) -> None:
+        """Drops every plan; the counts stay."""
+        with self._lock:
+            self._plans.clear()
+
+
+def signature(tree: Any) -> Hashable:
+    """Returns what decides, of a pytree of arrays, whether one compiled plan fits it.
+
+    That is the tree's structure, and each leaf's shape, dtype, weak type and (where it is committed
+    to devices) sharding, and those of JAX's settings that change what is traced. NumPy arrays and
+    uncommitted JAX arrays are alike.
+
+    Args:
+        tree: Any pytree of arrays, `jax.ShapeDtypeStruct`s or Python numbers.
+
+    Returns:
+        A hashable value.
+
+    Example:
+        >>> import numpy as np
+        >>> signature(np.zeros(3, np.float32)) == signature(np.ones(3, np.float32))
+        True
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple(_leaf_signature(leaf) for leaf in leaves), _context()
+
+
+def _leaf_signature(leaf: Any) -> Hashable:
+    if isinstance(leaf, jax.Array):
+        # Key arrays have neither attribute.
+        sharding = leaf.sharding if getattr(leaf, "committed", True) else None
+        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), sharding
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype), False, None
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding
+    return type(leaf)
+
+
+def _context() -> Hashable:
+    config = jax.config
+    return (
+        config.jax_enable_x64,
+        config.jax_default_matmul_precision,
+        config.jax_numpy_dtype_promotion,
+        config.jax_default_device,
+        config.jax_debug_nans,
+        config.jax_disable_jit,
+        jax.sharding.get_abstract_mesh(),
+    )
+
+
+def compile_plan(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    *,
+    donate: tuple[int, ...] = (),
+    out_shardings: Any = None,
+) -> Any:
+    """Returns `fn` compiled for the types of `args`.
+
+    Args:
+        fn: A function of `len(args)` arguments.
+        args: Arrays, or `jax.ShapeDtypeStruct`s that stand for them; they are not read.
+        donate: Positions of the arguments whose memory the plan may take over.
+        out_shardings: Where outputs shall lie, a prefix tree of `fn`'s result; None lets XLA choose.
+
+    Returns:
+        A `jax.stages.Compiled`, called like `fn`.
+
+    Raises:
+        Exception: Whatever tracing `fn` raises.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> plan = compile_plan(lambda x: x + 1, (jnp.zeros(2),))
+        >>> plan(jnp.ones(2))
+        Array([2., 2.], dtype=float32)
+    """
+
+    # jit keys its own caches by function: wrapped afresh, an evicted plan takes them with it.
+    def plan(*args: Any) -> Any:
+        return fn(*args)
+
+    jitted = jax.jit(plan, donate_argnums=donate, out_shardings=out_shardings)
+    return jitted.trace(*args).lower().compile()

@@ -1,0 +1,160 @@
+"""Rows of pytrees: how many there are, a function on each leaf, a block of rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxhandler.errors import check_count, explain
+
+__all__ = ["data_size", "leaves_with_paths", "map_data", "slice_data"]
+
+
+def leaves_with_paths(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[str, Any]]:
+    """Returns the leaves of `tree`, each with its path as a reader would index it.
+
+    Args:
+        tree: Any pytree.
+        is_leaf: Optionally stops the descent, as in `jax.tree.map`.
+
+    Returns:
+        A list of `(path, leaf)`; the path of a bare leaf is the empty string.
+
+    Example:
+        >>> leaves_with_paths({"x": [1, 2]})
+        [("['x'][0]", 1), ("['x'][1]", 2)]
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in flat]
+
+
+def data_size(data: Any, *, argument: str = "data") -> int:
+    """Returns the number of rows `N` that all leaves of `data` agree on.
+
+    Nesting is seen through, so `[[[x]]]` has as many rows as `x`. Only shapes are looked at: leaves
+    may be NumPy or JAX arrays, memmaps, HDF5 or Zarr arrays, `jax.ShapeDtypeStruct`s.
+
+    Args:
+        data: Any pytree of leaves `[N, ...]`.
+        argument: How messages call `data`.
+
+    Returns:
+        `N`.
+
+    Raises:
+        TypeError: If a leaf has no shape, a Python number for instance.
+        ValueError: If there is no leaf, a leaf is a scalar, or leaves disagree.
+
+    Example:
+        >>> import numpy as np
+        >>> data_size({"x": np.zeros((5, 2)), "y": [[np.zeros(5)]]})
+        5
+    """
+    leaves = leaves_with_paths(data)
+    if not leaves:
+        fix = "Pass at least one array."
+        raise ValueError(explain(argument, seen="no leaves", expected="rows", fix=fix))
+    sizes = []
+    for path, leaf in leaves:
+        shape = getattr(leaf, "shape", None)
+        if shape is None:
+            seen = f"a {type(leaf).__name__} without a shape{_ragged(data)}"
+            fix = "Make one array of the rows first, with np.asarray(...)."
+            text = explain(argument, path=path, seen=seen, expected="an array [N, ...]", fix=fix)
+            raise TypeError(text)
+        if len(shape) == 0:
+            fix = "Give each row its value, or keep constants out of the data."
+            text = explain(argument, path=path, seen="a scalar", expected="an array [N, ...]", fix=fix)
+            raise ValueError(text)
+        sizes.append((path, int(shape[0])))
+    if len({size for _, size in sizes}) > 1:
+        seen = ", ".join(f"{size} rows in {argument}{path}" for path, size in sizes)
+        fix = "Cut the longer leaves, or repair the shorter ones."
+        raise ValueError(explain(argument, seen=seen, expected="one number of rows", fix=fix))
+    return sizes[0][1]
+
+
+def map_data(fn: Callable[..., Any], data: Any, aux: Any = None) -> Any:
+    """Returns `data` with `fn` applied to every leaf.
+
+    Args:
+        fn: `fn(leaf)`, or `fn(leaf, element)` where `aux` is given.
+        data: Any pytree.
+        aux: A pytree that has `data`'s structure on top; the element that matches a leaf may itself
+            be a tree, a shape for instance.
+
+    Returns:
+        A tree like `data`.
+
+    Raises:
+        ValueError: If `aux` does not have `data`'s structure on top.
+
+    Example:
+        >>> map_data(lambda x, scale: x * scale, {"a": 2, "b": 3}, {"a": 10, "b": 100})
+        {'a': 20, 'b': 300}
+    """
+    if aux is None:
+        return jax.tree.map(fn, data)
+    try:
+        return jax.tree.map(fn, data, aux)
+    except ValueError as error:
+        theirs, ours = jax.tree.structure(aux), jax.tree.structure(data)
+        if theirs == ours:
+            raise
+        fix = "Give aux one element for every leaf of data."
+        raise ValueError(explain("aux", seen=str(theirs), expected=str(ours), fix=fix)) from error
+
+
+def slice_data(
+    data: Any, index: int, size: int, post: Callable[[Any], Any] | None = None
+) -> Any:
+    """Returns block `index` of `size` rows from every leaf; the last block may be short.
+
+    Args:
+        data: Any pytree of leaves `[N, ...]`.
+        index: The block's number, from 0 to `ceil(N / size) - 1`.
+        size: Rows of a block.
+        post: Applied to each sliced leaf, to place it on a device for instance.
+
+    Returns:
+        A tree like `data` with leaves `[size, ...]`, or fewer rows at the end.
+
+    Raises:
+        IndexError: If there is no such block.
+        TypeError: If a leaf has no shape, or `index` or `size` is not a whole number.
+        ValueError: If leaves disagree about `N`, or `size` is below one.
+
+    Example:
+        >>> import numpy as np
+        >>> slice_data({"x": np.arange(5)}, 1, 3)
+        {'x': array([3, 4])}
+    """
+    num_rows = data_size(data)
+    size = check_count("size", size)
+    index = check_count("index", index, least=0)
+    start, stop = index * size, min((index + 1) * size, num_rows)
+    if start >= num_rows:
+        blocks = -(-num_rows // size)
+        fix = f"{num_rows} rows make {blocks} blocks of {size}."
+        expected = f"a block number below {blocks}"
+        raise IndexError(explain("index", seen=str(index), expected=expected, fix=fix))
+    return jax.tree.map(lambda leaf: (post or _same)(leaf[start:stop]), data)
+
+
+def _same(leaf: Any) -> Any:
+    return leaf
+
+
+def _ragged(data: Any) -> str:
+    """Names the first row of a list of lists that is longer or shorter than the first one."""
+    if isinstance(data, dict):
+        return next((text for value in data.values() if (text := _ragged(value))), "")
+    if not isinstance(data, list | tuple) or not data or not isinstance(data[0], list | tuple):
+        return ""
+    for row, entries in enumerate(data):
+        if not isinstance(entries, list | tuple) or len(entries) != len(data[0]):
+            length = len(entries) if isinstance(entries, list | tuple) else "no"
+            return f" (row {row} has {length} entries where row 0 has {len(data[0])})"
+    return ""

@@ -1,0 +1,182 @@
+"""What passes between the floors: batches, means, progress, reports, and the shapes of callables."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+
+__all__ = ["Batch", "Callback", "Mean", "Placement", "Progress", "RunReport", "Step"]
+
+Placement: TypeAlias = jax.sharding.Sharding | jax.sharding.PartitionSpec | None
+
+
+class Batch(NamedTuple):
+    """The rows a step sees at once.
+
+    Attributes:
+        data: The user's tree, leaves `[B, ...]`.
+        mask: `[B]` bool, false only on rows that `tail="pad"` added.
+        index: `[B]` int32, each row's number in the source.
+        position: int32 scalar, the batch's place in its macrobatch, from 0 in the order visited.
+
+    Example:
+        >>> import numpy as np
+        >>> Batch(np.zeros((2, 3)), np.ones(2, bool), np.arange(2)).data.shape
+        (2, 3)
+    """
+
+    data: Any
+    mask: Any
+    index: Any
+    position: Any = 0
+
+
+class Mean(NamedTuple):
+    """A mean that can be merged: add the totals, add the counts, divide at the end.
+
+    What losses and metrics reduce to, and what a loss or a metric may return itself when neither
+    "one value per row" nor "the mean of the batch" describes it (a mean over tokens, for instance).
+
+    Attributes:
+        total: Sum of the values; a scalar, or an array for several means at once.
+        count: What to divide by, of the same shape.
+
+    Example:
+        >>> mean = Mean(total=6.0, count=3)
+        >>> mean.total / mean.count
+        2.0
+    """
+
+    total: Any
+    count: Any
+
+
+class Step(Protocol):
+    """The one signature under every handler: `step(consts, carry, batch) -> (carry, out)`."""
+
+    def __call__(self, consts: Any, carry: Any, batch: Batch, /) -> tuple[Any, Any]: ...
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Where the time of a run went, and what bounds it.
+
+    Reading, transfer, compute and writing overlap, so their sum may exceed `total`; the largest of
+    the four bounds the run.
+
+    Attributes:
+        read: Seconds reading rows from the source.
+        transfer: Seconds placing macrobatches on the device.
+        compute: Seconds the device was busy with steps.
+        write: Seconds fetching outputs and writing them to the sink.
+        wait: Seconds the loop waited for rows.
+        total: Seconds from start to end.
+        rows: Rows visited.
+        compiles: Plans compiled during the run.
+        macrobatch_size: Rows of a whole macrobatch, "auto" resolved.
+        mode: "scan" or "loop", "auto" resolved.
+
+    Example:
+        >>> RunReport(read=2.0, compute=1.0, total=2.1, rows=4200).bound_by
+        'read'
+        >>> RunReport(read=2.0, compute=1.0, total=2.1, rows=4200).rows_per_second
+        2000.0
+    """
+
+    read: float = 0.0
+    transfer: float = 0.0
+    compute: float = 0.0
+    write: float = 0.0
+    wait: float = 0.0
+    total: float = 0.0
+    rows: int = 0
+    compiles: int = 0
+    macrobatch_size: int = 0
+    mode: str = ""
+
+    @property
+    def bound_by(self) -> str:
+        """The stage that took longest: "read", "transfer", "compute" or "write"."""
+        return max(("compute", "read", "transfer", "write"), key=lambda name: getattr(self, name))
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows visited per second of the run."""
+        return self.rows / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        stages = ", ".join(
+            f"{name} {getattr(self, name):.2f} s" for name in ("read", "transfer", "compute", "write")
+        )
+        return (
+            f"{self.rows:,} rows in {self.total:.2f} s ({self.rows_per_second:,.0f} rows/s), "
+            f"bound by {self.bound_by}: {stages}"
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is; every callback gets one.
+
+    Counts are 1-based, block numbers 0-based. Nothing is read from the device until it is looked at.
+
+    Attributes:
+        epoch: Epoch of this call, from 1.
+        num_epochs: Epochs this call runs.
+        macrobatch: Macrobatch of the epoch, from 1.
+        num_macrobatches: Macrobatches of an epoch.
+        batch: Batch of the macrobatch, from 1; 0 before the first.
+        num_batches: Batches of the macrobatch.
+        macrobatch_index: Which block of the data this macrobatch is; None under global shuffle.
+        batch_index: Which block of the macrobatch this batch is; None where rows are shuffled.
+        macrobatch_rows: Rows of the macrobatch.
+        rows: Rows visited so far in this epoch.
+        num_rows: Rows of an epoch.
+        seconds: Seconds since the call began.
+
+    Example:
+        >>> Progress(epoch=1, num_epochs=3).num_epochs
+        3
+    """
+
+    epoch: int = 1
+    num_epochs: int = 1
+    macrobatch: int = 1
+    num_macrobatches: int = 1
+    batch: int = 0
+    num_batches: int = 0
+    macrobatch_index: int | None = 0
+    batch_index: int | None = None
+    macrobatch_rows: int = 0
+    rows: int = 0
+    num_rows: int = 0
+    seconds: float = 0.0
+    _live: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Means over the rows of this batch or macrobatch by name; waits for the device."""
+        return self._live["metrics"]() if "metrics" in self._live else {}
+
+    @property
+    def report(self) -> RunReport:
+        """Where the time went so far."""
+        return self._live["report"]() if "report" in self._live else RunReport()
+
+    @property
+    def state(self) -> Any:
+        """The carry after this batch or macrobatch; valid until the callback returns.
+
+        Raises:
+            RuntimeError: If the callback has returned: the next step may have taken its memory.
+        """
+        if "state" not in self._live:
+            raise RuntimeError(
+                "Progress.state: saw a look after the callback had returned, expected one inside it. "
+                "Copy what you need with jax.device_get(progress.state)."
+            )
+        return self._live["state"]
+
+
+Callback: TypeAlias = Callable[[Progress], Any]

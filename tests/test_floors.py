@@ -1,0 +1,135 @@
+"""The house of docs/design.md: imports go downward only, and the rules that each file obeys."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "jaxhandler"
+
+# Floor by floor, from the ground up: the modules and packages of jaxhandler.
+FLOORS = (
+    {"errors", "files", "trees", "typing"},
+    {"checkpointing", "plans"},
+    {"data", "models"},
+    {"handlers"},
+    {"ensembles", "inference"},
+    {"assembly"},
+    {"__init__", "__main__"},
+)
+FLOOR = {place: floor for floor, places in enumerate(FLOORS) for place in places}
+# Neighbours that may be imported on their own floor: every module words its messages with errors.
+GROUND = {"errors"}
+
+CORE = {"jax", "jaxhandler", "numpy", "optax", *sys.stdlib_module_names}
+LAZY = {"flax", "grain", "h5py", "keras", "matplotlib", "orbax", "pyarrow", "ray", "rich"}
+LAZY |= {"safetensors", "sklearn", "tensorstore", "zarr"}
+PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+LONGEST_FILE = 400
+
+
+def module_of(path: Path) -> str:
+    """The dotted name of a file of ours: `jaxhandler/data/order.py` is `jaxhandler.data.order`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+FILES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {module: ast.parse(path.read_text()) for module, path in FILES.items()}
+each_module = pytest.mark.parametrize("module", FILES)
+
+
+def imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    """The dotted names that these nodes import; of ours, the module that is meant."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: import from jaxhandler by its full name"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            names = []
+        for name in names:
+            while name.startswith("jaxhandler.") and name not in FILES:
+                name = name.rpartition(".")[0]
+            yield name
+
+
+def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """What runs when a module is imported: all but functions' bodies and type checkers' imports."""
+    functions = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+    for child in ast.iter_child_nodes(node):
+        for_types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        if not isinstance(child, functions) and not for_types:
+            yield child
+            yield from run_at_import(child)
+
+
+def place(module: str) -> str:
+    """Where a module of ours stands in the house: the part after `jaxhandler.`."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def own_imports(module: str) -> set[str]:
+    return {name for name in imports(ast.walk(TREES[module])) if name in FILES} - {module}
+
+
+@each_module
+def test_has_a_floor(module: str) -> None:
+    assert place(module) in FLOOR, f"give {module} a floor, here and in docs/design.md"
+
+
+@each_module
+def test_imports_go_downward(module: str) -> None:
+    here = place(module)
+    for target in own_imports(module):
+        there = place(target)
+        allowed = there == here or FLOOR[there] < FLOOR[here] or there in GROUND - {here}
+        assert allowed, f"{module} imports {target}"
+
+
+def test_imports_are_acyclic() -> None:
+    try:
+        TopologicalSorter({module: own_imports(module) for module in FILES}).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports in a circle: {' -> '.join(error.args[1])}")
+
+
+@each_module
+def test_optional_imports_are_lazy(module: str) -> None:
+    """Importing a module needs no extra, and nothing that is slow to import."""
+    for name in imports(run_at_import(TREES[module])):
+        assert name.split(".")[0] in CORE, f"{module} imports {name} when it is imported"
+
+
+def test_importing_the_package_imports_nothing_optional() -> None:
+    show = "import sys, jaxhandler; print(*{name.split('.')[0] for name in sys.modules})"
+    command = [sys.executable, "-c", show]
+    shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "jaxhandler" in shown.split()
+    assert not LAZY.intersection(shown.split())
+
+
+@each_module
+def test_uses_neither_private_jax_nor_pickle(module: str) -> None:
+    for name in imports(ast.walk(TREES[module])):
+        assert not name.startswith("jax._src"), f"{module} imports {name}"
+        assert name.split(".")[0] not in PICKLES, f"{module} imports {name}"
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Attribute):
+            assert node.attr != "_src", f"{module}:{node.lineno} uses a private module"
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            refused = isinstance(node.value, ast.Constant) and node.value.value is False
+            assert refused, f"{module}:{node.value.lineno} allows pickles"
+
+
+@pytest.mark.parametrize("folder", ["jaxhandler", "tests", "examples", "benchmarks"])
+def test_files_are_short(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        lines = len(path.read_text().splitlines())
+        assert lines <= LONGEST_FILE, f"{path.relative_to(ROOT)} has {lines} lines"

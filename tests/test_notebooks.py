@@ -1,0 +1,52 @@
+"""Each example is there twice, as a script and as a notebook, and the two agree."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+FIX = "run `python .ci/notebooks.py`"
+
+
+@pytest.fixture(scope="module")
+def notebooks() -> ModuleType:
+    """The tool in `.ci`, which is no package."""
+    spec = importlib.util.spec_from_file_location("notebooks", ROOT / ".ci" / "notebooks.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_notebook_agrees_with_script(script: Path, notebooks: ModuleType) -> None:
+    path = script.with_suffix(".ipynb")
+    assert path.exists(), FIX
+    assert path.read_text() == notebooks.notebook(script.read_text()), FIX
+
+
+def test_no_notebook_without_script() -> None:
+    assert {path.stem for path in (ROOT / "examples").glob("*.ipynb")} <= {path.stem for path in SCRIPTS}
+
+
+def test_cells_of_a_script(notebooks: ModuleType) -> None:
+    script = '"""Title.\n\nMore."""\n\nimport a\n\n# %% [markdown]\n# # Head\n#\n# text\n\n# %%\nb = 1\n\nc = 2\n'
+    assert notebooks.cells(script) == [
+        ("code", notebooks.INSTALL),
+        ("markdown", "Title.\n\nMore."),
+        ("markdown", "# Head\n\ntext"),
+        ("code", "b = 1\n\nc = 2"),
+    ]
+
+
+def test_notebook_is_stripped_and_the_same_each_time(notebooks: ModuleType) -> None:
+    text = notebooks.notebook("# %%\na = 1\n# %%\nb = 'µ'\n")
+    content = json.loads(text)
+    assert [cell["id"] for cell in content["cells"]] == ["cell-0", "cell-1", "cell-2"]
+    assert all(cell["outputs"] == [] for cell in content["cells"])
+    assert "µ" in text
