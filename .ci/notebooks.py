@@ -24,16 +24,18 @@ METADATA = {
 def cells(script: str) -> list[tuple[str, str]]:
     """The cells of a script in percent format, each its kind and its text."""
     head, *blocks = f"\n{script}".split("\n# %%")
-    doc = ast.get_docstring(ast.parse(head))
-    found = [("markdown", doc) if doc else ("code", head.strip())]
+    top = ast.parse(head)
+    doc = ast.get_docstring(top)
+    if doc:
+        head = "\n".join(head.split("\n")[top.body[0].end_lineno :])
+    found = [("markdown", doc or ""), ("code", head.strip())]
     for block in blocks:
-        title, _, body = block.partition("\n")
+        title, _, text = block.partition("\n")
+        kind, text = "code", text.strip()
         if title.strip() == "[markdown]":
-            lines = body.strip().splitlines()
-            body = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
-            found.append(("markdown", body))
-        else:
-            found.append(("code", body.strip()))
+            kind = "markdown"
+            text = "\n".join(line[1:].removeprefix(" ") for line in text.splitlines())
+        found.append((kind, text))
     return [("code", INSTALL), *(cell for cell in found if cell[1])]
 
 
@@ -56,22 +58,23 @@ def cell(name: str, kind: str, text: str) -> dict[str, Any]:
 
 def stale() -> dict[Path, str]:
     """The notebooks that are not as their scripts, and what they should be."""
-    should = {path.with_suffix(".ipynb"): notebook(path.read_text()) for path in EXAMPLES.glob("*.py")}
+    scripts = sorted(EXAMPLES.glob("*.py"))
+    should = {path.with_suffix(".ipynb"): notebook(path.read_text()) for path in scripts}
     return {
         path: text
-        for path, text in sorted(should.items())
+        for path, text in should.items()
         if not path.exists() or path.read_text() != text
     }
 
 
-def main(arguments: list[str]) -> int:
-    check = arguments == ["--check"]
-    for path, text in stale().items():
-        print(f"{'differs' if check else 'writes'}: {path}")
+def main(check: bool) -> int:
+    todo = stale()
+    for path, text in todo.items():
+        print("not as its script:" if check else "wrote", path.relative_to(EXAMPLES.parent))
         if not check:
             path.write_text(text)
-    return int(check and bool(stale()))
+    return int(check and bool(todo))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(check=sys.argv[1:] == ["--check"]))

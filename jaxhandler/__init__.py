@@ -3,6 +3,7 @@
 from jaxhandler.data.sources import Source as Source
 from jaxhandler.data.sources import open_source as open_source
 from jaxhandler.errors import NonFiniteError as NonFiniteError
+from jaxhandler.handlers import callbacks as callbacks
 from jaxhandler.handlers.calculator import Calculator as Calculator
 from jaxhandler.handlers.calculator import calculator as calculator
 from jaxhandler.handlers.handler import Handler as Handler
@@ -13,6 +14,9 @@ from jaxhandler.handlers.training import TrainInfo as TrainInfo
 from jaxhandler.handlers.training import TrainState as TrainState
 from jaxhandler.handlers.validator import Validator as Validator
 from jaxhandler.handlers.validator import validator as validator
+from jaxhandler.models.adapters import from_linen as from_linen
+from jaxhandler.models.adapters import from_nnx as from_nnx
+from jaxhandler.models.precision import cast as cast
 from jaxhandler.plans import PlanCache as PlanCache
 from jaxhandler.plans import PlanStats as PlanStats
 from jaxhandler.trees import data_size as data_size
@@ -39,7 +43,11 @@ __all__ = [
     "Trainer",
     "Validator",
     "calculator",
+    "callbacks",
+    "cast",
     "data_size",
+    "from_linen",
+    "from_nnx",
     "handler",
     "map_data",
     "open_source",

@@ -77,6 +77,8 @@ def check_choice(argument: str, value: object, choices: Sequence[object]) -> Non
     Example:
         >>> check_choice("tail", "pad", ("exact", "pad", "drop"))
     """
-    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+    if not any(
+        value is choice or (type(value) is type(choice) and value == choice) for choice in choices
+    ):
         expected = "one of " + ", ".join(repr(choice) for choice in choices)
         raise ValueError(explain(argument, seen=repr(value), expected=expected))

@@ -166,7 +166,9 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     for name in content.get("files", {}):
         if name != os.path.basename(name) or name in ("", ".", ".."):
             expected = "plain names in its own folder"
-            raise ValueError(explain(str(path), seen=f"the file {name!r}", expected=expected, fix=fix))
+            raise ValueError(
+                explain(str(path), seen=f"the file {name!r}", expected=expected, fix=fix)
+            )
     return content
 
 

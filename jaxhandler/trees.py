@@ -66,7 +66,9 @@ def data_size(data: Any, *, argument: str = "data") -> int:
             raise TypeError(text)
         if len(shape) == 0:
             fix = "Give each row its value, or keep constants out of the data."
-            text = explain(argument, path=path, seen="a scalar", expected="an array [N, ...]", fix=fix)
+            text = explain(
+                argument, path=path, seen="a scalar", expected="an array [N, ...]", fix=fix
+            )
             raise ValueError(text)
         sizes.append((path, int(shape[0])))
     if len({size for _, size in sizes}) > 1:
@@ -107,9 +109,7 @@ def map_data(fn: Callable[..., Any], data: Any, aux: Any = None) -> Any:
         raise ValueError(explain("aux", seen=str(theirs), expected=str(ours), fix=fix)) from error
 
 
-def slice_data(
-    data: Any, index: int, size: int, post: Callable[[Any], Any] | None = None
-) -> Any:
+def slice_data(data: Any, index: int, size: int, post: Callable[[Any], Any] | None = None) -> Any:
     """Returns block `index` of `size` rows from every leaf; the last block may be short.
 
     Args:

@@ -107,7 +107,8 @@ class RunReport:
 
     def __str__(self) -> str:
         stages = ", ".join(
-            f"{name} {getattr(self, name):.2f} s" for name in ("read", "transfer", "compute", "write")
+            f"{name} {getattr(self, name):.2f} s"
+            for name in ("read", "transfer", "compute", "write")
         )
         return (
             f"{self.rows:,} rows in {self.total:.2f} s ({self.rows_per_second:,.0f} rows/s), "

@@ -31,16 +31,36 @@ def test_notebook_agrees_with_script(script: Path, notebooks: ModuleType) -> Non
 
 
 def test_no_notebook_without_script() -> None:
-    assert {path.stem for path in (ROOT / "examples").glob("*.ipynb")} <= {path.stem for path in SCRIPTS}
+    notebooks = (ROOT / "examples").glob("*.ipynb")
+    assert {path.stem for path in notebooks} <= {path.stem for path in SCRIPTS}
+
+
+SCRIPT = '''"""Title.
+
+More.
+"""
+
+import a
+
+# %% [markdown]
+# # Head
+#
+# text
+
+# %%
+b = 1
+
+c = "# %%"
+'''
 
 
 def test_cells_of_a_script(notebooks: ModuleType) -> None:
-    script = '"""Title.\n\nMore."""\n\nimport a\n\n# %% [markdown]\n# # Head\n#\n# text\n\n# %%\nb = 1\n\nc = 2\n'
-    assert notebooks.cells(script) == [
+    assert notebooks.cells(SCRIPT) == [
         ("code", notebooks.INSTALL),
         ("markdown", "Title.\n\nMore."),
+        ("code", "import a"),
         ("markdown", "# Head\n\ntext"),
-        ("code", "b = 1\n\nc = 2"),
+        ("code", 'b = 1\n\nc = "# %%"'),
     ]
 
 

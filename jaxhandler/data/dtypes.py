@@ -70,9 +70,7 @@ def check_dtype(name: str, array: Any, narrowing: str = "warn") -> np.dtype:
     return target
 
 
-def check_fits(
-    name: str, array: np.ndarray, target: np.dtype, rows: int | np.ndarray = 0
-) -> None:
+def check_fits(name: str, array: np.ndarray, target: np.dtype, rows: int | np.ndarray = 0) -> None:
     """Refuses integers that `target` cannot hold.
 
     Args:

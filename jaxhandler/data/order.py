@@ -137,6 +137,8 @@ def _cut(rows: int, batch_size: int) -> list[int]:
 
 
 def _generator(key: Any, *numbers: int) -> np.random.Generator:
-    data = jax.random.key_data(key) if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    data = (
+        jax.random.key_data(key) if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    )
     seed = [*np.ravel(np.asarray(data)).tolist(), *numbers]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))

@@ -6,9 +6,10 @@ from typing import Any
 
 from jaxhandler.data.sinks import check_sink
 from jaxhandler.data.sources import open_source, resident_source
-from jaxhandler.handlers.fold import Options, fold, folding
+from jaxhandler.handlers.fold import fold, folding
 from jaxhandler.handlers.handler import RESIDENT, Handler
 from jaxhandler.handlers.program import Program, check_builder
+from jaxhandler.handlers.run import Options
 from jaxhandler.plans import PlanCache
 from jaxhandler.typing import Batch, Callback, Placement, Step
 
@@ -158,9 +159,7 @@ class Calculator(Handler):
         source = open_source(data)
 
         def blocks() -> Iterator[Any]:
-            for finished in folding(
-                self.program, self.step, params, (), source, options, "blocks"
-            ):
+            for finished in folding(self.program, self.step, params, (), source, options, "blocks"):
                 yield finished.block
 
         return blocks()

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhandler.errors import NonFiniteError
+from jaxhandler.errors import NonFiniteError, explain
 from jaxhandler.handlers.fold import Finished
 from jaxhandler.plans import PlanCache, compile_plan, signature
 from jaxhandler.trees import leaves_with_paths
 
 __all__ = ["FiniteCheck"]
+
+_FIX = 'Lower the learning rate, clip gradients, or go on with on_nonfinite="skip".'
 
 
 class FiniteCheck:
@@ -25,9 +27,13 @@ class FiniteCheck:
 
     def __init__(self, plans: PlanCache, active: bool, name: str) -> None:
         self._plans, self._active, self._name = plans, active, name
+        self._suspect = False
 
     def __call__(self, finished: Finished) -> None:
-        """Refuses a macrobatch with a value that is not finite.
+        """Looks at a macrobatch that has finished.
+
+        The parameters seen then are those after the macrobatch behind it. Where they are broken,
+        a loss of that one most likely is too, and tells more: so they are reported one call later.
 
         Args:
             finished: What `folding` yielded.
@@ -37,30 +43,47 @@ class FiniteCheck:
         """
         if not self._active:
             return
+        if not finished.block.finite.all():
+            raise NonFiniteError(self._describe_loss(finished))
+        if self._suspect:
+            self.end(finished.carry.params)
+        self._suspect = not self._all_finite(finished.carry.params)
+
+    def end(self, params: Any) -> None:
+        """Refuses parameters that are not finite at the end of a run.
+
+        Args:
+            params: The parameters.
+
+        Raises:
+            NonFiniteError: If one is NaN or infinite; names its path.
+        """
+        if not self._active or not self._suspect:
+            return
+        for path, leaf in leaves_with_paths(params):
+            if not np.isfinite(np.asarray(leaf)).all():
+                text = explain(
+                    f"params{path}",
+                    seen="a value that is not finite although every loss so far was",
+                    expected="finite ones",
+                    fix=_FIX,
+                )
+                raise NonFiniteError(text)
+
+    def _describe_loss(self, finished: Finished) -> str:
         visit, info = finished.visit, finished.block
-        where = f"in epoch {visit.epoch}, macrobatch {visit.position}"
-        fix = 'Lower the learning rate, clip gradients, or go on with on_nonfinite="skip".'
-        if not info.finite.all():
-            wrong = np.argwhere(~info.finite)[0]
-            before = sum(count for count, _ in visit.batches[: wrong[0]])
-            count = visit.batches[wrong[0]][0]
-            rows = f"rows {before} to {before + count} of the macrobatch as visited"
-            if visit.order is None:
-                start = visit.start + before
-                rows = f"rows {start} to {start + count} of {self._name}"
-            member = f", member {wrong[1]}" if len(wrong) > 1 else ""
-            value = info.total[tuple(wrong)]
-            raise NonFiniteError(
-                f"loss_fn: saw the loss {value} {where}, step {wrong[0]}{member} ({rows}), "
-                f"expected a finite one. {fix}"
-            )
-        if not self._all_finite(finished.carry.params):
-            leaves = leaves_with_paths(finished.carry.params)
-            path = next(path for path, leaf in leaves if not np.isfinite(np.asarray(leaf)).all())
-            raise NonFiniteError(
-                f"params{path}: saw a value that is not finite by the end of the macrobatch after "
-                f"the one {where}, expected finite ones. {fix}"
-            )
+        step, *member = np.argwhere(~info.finite)[0]
+        before = sum(count for count, _ in visit.batches[:step])
+        after = before + visit.batches[step][0]
+        rows = f"rows {before} to {after} of the macrobatch in the order visited"
+        if visit.order is None:
+            rows = f"rows {visit.start + before} to {visit.start + after} of {self._name}"
+        seen = (
+            f"the loss {info.total[(step, *member)]} in epoch {visit.epoch}, "
+            f"macrobatch {visit.position}, batch {step}"
+            f"{f', member {member[0]}' if member else ''} ({rows})"
+        )
+        return explain("loss_fn", seen=seen, expected="a finite one", fix=_FIX)
 
     def _all_finite(self, params: Any) -> bool:
         leaves = jax.tree.leaves(params)

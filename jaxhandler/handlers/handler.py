@@ -8,8 +8,9 @@ from typing import Any
 from jaxhandler.data.sinks import check_sink
 from jaxhandler.data.sources import open_source, resident_source
 from jaxhandler.errors import check_choice
-from jaxhandler.handlers.fold import Options, fold
+from jaxhandler.handlers.fold import fold
 from jaxhandler.handlers.program import Program, check_builder
+from jaxhandler.handlers.run import Options
 from jaxhandler.plans import PlanCache
 from jaxhandler.typing import Batch, Callback, Placement, Step
 
@@ -44,7 +45,13 @@ class Handler:
         return self.program.make_step(self.program.fn)
 
     def handle(
-        self, carry: Any, data: Any, *, consts: Any = (), shuffle: str | None = None, key: Any = None
+        self,
+        carry: Any,
+        data: Any,
+        *,
+        consts: Any = (),
+        shuffle: str | None = None,
+        key: Any = None,
     ) -> tuple[Any, Any]:
         """Folds the step over rows on the device.
 

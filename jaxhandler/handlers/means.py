@@ -32,7 +32,10 @@ def as_mean(value: Any, mask: jax.Array, *, name: str, pad: bool) -> Mean:
         if pad:
             raise ValueError(_unpaddable(name, "a Mean"))
         total = jax.tree.map(_widened, value.total)
-        return Mean(total, jax.tree.map(lambda t, c: jnp.broadcast_to(_widened(c), t.shape), total, value.count))
+        return Mean(
+            total,
+            jax.tree.map(lambda t, c: jnp.broadcast_to(_widened(c), t.shape), total, value.count),
+        )
     expected = "one value per row [B], a scalar mean of the batch, or a jh.Mean"
     if not hasattr(value, "shape"):
         raise TypeError(explain(name, seen=f"a {type(value).__name__}", expected=expected))

@@ -11,10 +11,11 @@ import optax
 from jaxhandler.data.sources import Source, open_source, resident_source
 from jaxhandler.errors import check_choice, check_count, explain
 from jaxhandler.handlers.finite import FiniteCheck
-from jaxhandler.handlers.fold import Options, consume, folding
+from jaxhandler.handlers.fold import consume, folding
 from jaxhandler.handlers.handler import RESIDENT, Handler
 from jaxhandler.handlers.means import merged
 from jaxhandler.handlers.program import Program, check_builder
+from jaxhandler.handlers.run import Options
 from jaxhandler.handlers.training import TrainInfo, TrainState, init_state, make_train_step
 from jaxhandler.handlers.validator import check_rows
 from jaxhandler.plans import PlanCache
@@ -181,6 +182,7 @@ class Trainer(Handler):
 
         run = folding(self.program, self.step, (), state, source, options)
         result = consume(run, finished)
+        check.end(result.carry.params)
         info: TrainInfo = jax.tree.map(lambda *parts: np.concatenate(parts), *infos)
         if self.program.members is not None:
             info = jax.tree.map(lambda leaf: np.moveaxis(leaf, 0, 1), info)

@@ -6,10 +6,11 @@ from typing import Any
 
 from jaxhandler.data.sources import Source, open_source, resident_source
 from jaxhandler.errors import explain
-from jaxhandler.handlers.fold import Options, fold
+from jaxhandler.handlers.fold import fold
 from jaxhandler.handlers.handler import RESIDENT, Handler
 from jaxhandler.handlers.means import as_mean, merged
 from jaxhandler.handlers.program import Program, check_builder
+from jaxhandler.handlers.run import Options
 from jaxhandler.plans import PlanCache
 from jaxhandler.typing import Batch, Callback, Placement, Step
 

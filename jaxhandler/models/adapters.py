@@ -281,7 +281,7 @@ def _refuse_training(nnx: Any, module: Any) -> None:
             faults.append((path, f"{name} whose new statistics would be lost"))
     if faults:
         path, seen = faults[0]
-        seen += f" (and {len(faults) - 1} layers more)" if len(faults) > 1 else ""
+        seen += f" (one of {len(faults)} such layers)" if len(faults) > 1 else ""
         where, expected = _attribute(path), "a module that neither draws nor updates"
         raise ValueError(explain("module", path=where, seen=seen, expected=expected, fix=_TRAINS))
 

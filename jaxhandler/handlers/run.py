@@ -1,0 +1,279 @@
+"""One run of a handler: what it resolves before it begins, and its stages."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from jaxhandler.data.order import Visit, check_order, num_visits, visits
+from jaxhandler.data.placement import replicate_like, resolve_sharding
+from jaxhandler.data.sinks import BlockSink, Sink, open_sink
+from jaxhandler.data.sizing import resolve_macrobatch, row_bytes
+from jaxhandler.data.sources import Source
+from jaxhandler.data.stream import Clock, Lane, Layout, Macrobatch, load, place, read_ahead
+from jaxhandler.errors import check_count, explain
+from jaxhandler.handlers.outputs import joined_specs, output_pieces
+from jaxhandler.handlers.program import Program
+from jaxhandler.handlers.steps import Plans, trace_step
+from jaxhandler.typing import Callback, Placement, Progress, RunReport, Step
+
+__all__ = ["Options", "Outputs", "Run"]
+
+
+class Options(NamedTuple):
+    """How one run goes over its rows; the arguments of the same names of `*_from_host`."""
+
+    macrobatch_size: int | str = 10_000
+    shuffle: str | None = None
+    key: Any = None
+    epochs: int = 1
+    first_epoch: int = 0
+    on_macrobatch_start: Callback | None = None
+    on_macrobatch_finish: Callback | None = None
+    progress: bool = False
+    read_ahead: int = 1
+    sharding: Placement = None
+    threads: bool = True
+
+
+class Outputs(NamedTuple):
+    """Outputs under way: one of a scan or one per batch, and when the device was given the work."""
+
+    outs: list[Any]
+    scanned: bool
+    start: float
+
+
+class Run:
+    """What one run resolves before it begins, and its stages.
+
+    Args:
+        program: The handler's program.
+        step: Its step.
+        consts: What the step only reads.
+        carry: What the step passes on.
+        source: Where rows come from.
+        options: How the run goes.
+
+    Raises:
+        TypeError: If an option has the wrong type.
+        ValueError: If an option makes no sense, or the step does not fit the rows.
+        OverflowError: If a 64-bit integer does not fit.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        step: Step,
+        consts: Any,
+        carry: Any,
+        source: Source,
+        options: Options,
+    ) -> None:
+        _check_options(options, source)
+        self.clock = Clock()
+        self.program, self.source, self.options = program, source, options
+        self.compiled = program.plans.stats().compiles
+        self.rows = 0
+        self.ready = 0.0
+        source.check()
+        self.sharding = resolve_sharding(options.sharding)
+        self.consts, carry = replicate_like((consts, carry), self.sharding)
+        size, num_rows = program.batch_size, source.num_rows
+        rows = size if program.tail == "pad" or not num_rows else min(size, num_rows)
+        self.traced = trace_step(program, step, self.consts, carry, source.specs, rows)
+        if program.donate:
+            carry = jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=False), carry)
+        self.carry = carry
+        self.plans = Plans(program, step, _pinned(carry))
+        device = _device((self.consts, carry), self.sharding)
+        self.on_cpu = device.platform == "cpu"
+        per_row = row_bytes(source.specs)
+        if program.outputs == "rows":
+            per_row += row_bytes(self.traced.out, row_axis=program.row_axis)
+        self.size = resolve_macrobatch(options.macrobatch_size, size, num_rows, per_row, device)
+        self.mode = program.mode
+        if self.mode == "auto":
+            slow = self.traced.convolves and self.on_cpu
+            self.mode = "loop" if slow or program.on_batch_finish else "scan"
+        self.layout = Layout(
+            size=self.size,
+            batch_size=size,
+            scan=self.mode == "scan",
+            pad=program.tail == "pad",
+            gather=self.sharding is None,
+        )
+        self.num_visits = num_visits(num_rows, self.size, size, program.tail)
+        self.num_rows = num_rows // size * size if program.tail == "drop" else num_rows
+
+    def open_sink(self, out: Any) -> Sink:
+        """Opens where outputs go, or keeps them in blocks."""
+        program, axis = self.program, self.program.row_axis
+        if program.outputs != "rows" or out == "blocks":
+            return BlockSink(axis if program.outputs == "rows" else 0)
+        return open_sink(out, joined_specs(self.traced.out, self.num_rows, axis), row_axis=axis)
+
+    def read(self, lane: Lane) -> Iterator[Macrobatch]:
+        """Yields macrobatches in host memory, in the order visited."""
+        options, program = self.options, self.program
+
+        def order() -> Iterator[Visit]:
+            for epoch in range(options.first_epoch, options.first_epoch + options.epochs):
+                yield from visits(
+                    self.source.num_rows,
+                    self.size,
+                    program.batch_size,
+                    tail=program.tail,
+                    shuffle=options.shuffle,
+                    key=options.key,
+                    epoch=epoch,
+                )
+
+        def read(visit: Visit) -> Macrobatch:
+            with self.clock.measure("read"):
+                return load(self.source, visit, self.layout)
+
+        stream = read_ahead(lane, read, order(), options.read_ahead)
+        while True:
+            with self.clock.measure("wait"):
+                macrobatch = next(stream, None)
+            if macrobatch is None:
+                return
+            yield macrobatch
+
+    def place(self, host: Macrobatch) -> Macrobatch:
+        """Puts a macrobatch on the device."""
+        with self.clock.measure("transfer"):
+            return place(host, self.sharding, on_cpu=self.on_cpu)
+
+    def compute(self, macrobatch: Macrobatch) -> Outputs:
+        """Hands every batch to the device; gives the outputs to come."""
+        visit, consts = macrobatch.visit, self.consts
+        if macrobatch.block is not None:
+            args = (consts, self.carry, macrobatch.block, macrobatch.order, macrobatch.index)
+            plan = self.plans.block(args)
+            start = time.perf_counter()
+            self.carry, out = plan(*args)
+            return Outputs([out], True, start)
+        outs, start = [], time.perf_counter()
+        for position, rows in enumerate(macrobatch.batches):
+            index = macrobatch.index[position]
+            count = np.int32(visit.batches[position][0]) if self.layout.pad else None
+            args = (consts, self.carry, rows, index, np.int32(position), count)
+            plan = self.plans.batch(len(index), args)
+            if position == 0:
+                start = time.perf_counter()
+            self.carry, out = plan(*args)
+            outs.append(out)
+            if self.program.on_batch_finish is not None:
+                self.call(
+                    self.program.on_batch_finish, visit, position + 1, Outputs([out], False, start)
+                )
+        return Outputs(outs, False, start)
+
+    def drain(self, sink: Sink, visit: Visit, outs: Outputs) -> Any:
+        """Waits for outputs and hands them to the sink; after it, the rows are off the device."""
+        block = None
+        jax.block_until_ready(outs.outs)
+        ready = time.perf_counter()
+        self.clock.seconds["compute"] += ready - max(outs.start, self.ready)
+        self.ready = ready
+        with self.clock.measure("write"):
+            pieces = output_pieces(self.program, visit, outs.outs, scanned=outs.scanned)
+            if pieces is not None:
+                block = sink.write(self.rows, pieces)
+        self.rows += visit.rows
+        return block
+
+    def end_epoch(self, visit: Visit) -> None:
+        """Turns the carry to the next epoch after the last macrobatch of one."""
+        if self.program.next_epoch is not None and visit.position == self.num_visits - 1:
+            self.carry = self.program.next_epoch(self.carry)
+
+    def call(
+        self, callback: Callback | None, visit: Visit, batch: int, outs: Outputs | None = None
+    ) -> None:
+        """Calls back, if anybody listens."""
+        if callback is None:
+            return
+
+        def steps() -> Any:
+            if outs is None:
+                return None
+            pieces = output_pieces(self.program, visit, outs.outs, scanned=outs.scanned)
+            return None if pieces is None else pieces[0]
+
+        progress = self.progress(visit, batch, steps, self.carry)
+        try:
+            callback(progress)
+        finally:
+            progress._live.pop("state", None)
+
+    def progress(
+        self, visit: Visit, batch: int, block: Callable[[], Any], carry: Any = None
+    ) -> Progress:
+        """Describes where the run is."""
+
+        def metrics() -> dict[str, Any]:
+            outs = block() if self.program.metrics is not None else None
+            return {} if outs is None else self.program.metrics(outs)  # pyright: ignore[reportOptionalCall]
+
+        done = sum(count for count, _ in visit.batches[:batch])
+        return Progress(
+            epoch=visit.epoch - self.options.first_epoch + 1,
+            num_epochs=self.options.epochs,
+            macrobatch=visit.position + 1,
+            num_macrobatches=self.num_visits,
+            batch=batch,
+            num_batches=len(visit.batches),
+            macrobatch_index=visit.block,
+            batch_index=visit.batches[batch - 1][1] if batch else None,
+            macrobatch_rows=visit.rows,
+            rows=min(visit.position * self.size + done, self.num_rows),
+            num_rows=self.num_rows,
+            seconds=time.perf_counter() - self.clock.start,
+            _live={"metrics": metrics, "report": self.report, "state": carry},
+        )
+
+    def report(self) -> RunReport:
+        """Says where the time went so far."""
+        return RunReport(
+            **self.clock.seconds,
+            total=time.perf_counter() - self.clock.start,
+            rows=self.rows,
+            compiles=self.program.plans.stats().compiles - self.compiled,
+            macrobatch_size=self.size,
+            mode=self.mode,
+        )
+
+
+def _check_options(options: Options, source: Source) -> None:
+    check_order(options.shuffle, options.key, scattered=source.take is not None)
+    check_count("epochs", options.epochs)
+    check_count("read_ahead", options.read_ahead, least=0)
+    for name in ("on_macrobatch_start", "on_macrobatch_finish"):
+        callback = getattr(options, name)
+        if callback is not None and not callable(callback):
+            seen = f"a {type(callback).__name__}"
+            raise TypeError(explain(name, seen=seen, expected="a function of one Progress"))
+
+
+def _pinned(carry: Any) -> Any:
+    """Keeps a carry on several devices where it is: XLA might move it, and the next call fail."""
+    leaves = jax.tree.leaves(carry)
+    if all(len(leaf.sharding.device_set) == 1 for leaf in leaves):
+        return None
+    return jax.tree.map(lambda leaf: leaf.sharding, carry), None
+
+
+def _device(tree: Any, sharding: Sharding | None) -> jax.Device:
+    if sharding is not None:
+        return min(sharding.device_set, key=lambda device: device.id)
+    for leaf in jax.tree.leaves(tree):
+        if getattr(leaf, "committed", False):
+            return min(leaf.devices(), key=lambda device: device.id)
+    default = jax.config.jax_default_device
+    return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
