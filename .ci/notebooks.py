@@ -61,9 +61,7 @@ def stale() -> dict[Path, str]:
     scripts = sorted(EXAMPLES.glob("*.py"))
     should = {path.with_suffix(".ipynb"): notebook(path.read_text()) for path in scripts}
     return {
-        path: text
-        for path, text in should.items()
-        if not path.exists() or path.read_text() != text
+        path: text for path, text in should.items() if not path.exists() or path.read_text() != text
     }
 
 

@@ -3,7 +3,6 @@
 from jaxhandler.data.sources import Source as Source
 from jaxhandler.data.sources import open_source as open_source
 from jaxhandler.errors import NonFiniteError as NonFiniteError
-from jaxhandler.handlers import callbacks as callbacks
 from jaxhandler.handlers.calculator import Calculator as Calculator
 from jaxhandler.handlers.calculator import calculator as calculator
 from jaxhandler.handlers.handler import Handler as Handler
@@ -43,7 +42,6 @@ __all__ = [
     "Trainer",
     "Validator",
     "calculator",
-    "callbacks",
     "cast",
     "data_size",
     "from_linen",

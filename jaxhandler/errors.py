@@ -1,6 +1,8 @@
 """One form for every message: what was given, what was seen, what was expected, what to do."""
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["NonFiniteError", "check_choice", "check_count", "explain"]
 
@@ -34,7 +36,7 @@ def explain(argument: str, *, seen: str, expected: str, fix: str = "", path: str
     return f"{argument}{path}: saw {seen}, expected {expected}. {fix}".rstrip()
 
 
-def check_count(argument: str, value: object, *, least: int = 1) -> int:
+def check_count(argument: str, value: Any, *, least: int = 1) -> int:
     """Returns `value` if it is a whole number of at least `least`, refusing bools and floats.
 
     Args:
@@ -54,10 +56,13 @@ def check_count(argument: str, value: object, *, least: int = 1) -> int:
         128
     """
     expected = f"a whole number of at least {least}"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
         seen = f"{value!r} ({type(value).__name__})"
         raise TypeError(explain(argument, seen=seen, expected=expected))
-    number = value.__index__()  # pyright: ignore[reportAttributeAccessIssue]
     if number < least:
         raise ValueError(explain(argument, seen=str(number), expected=expected))
     return number

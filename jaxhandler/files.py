@@ -20,7 +20,9 @@ __all__ = [
     "partial_of",
     "publish",
     "read_manifest",
+    "recover",
     "remove",
+    "replaced_of",
     "sync_folder",
     "write_manifest",
 ]
@@ -158,12 +160,16 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         raise ValueError(explain(str(path), seen=f"{size} bytes", expected=expected, fix=fix))
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         text = explain(str(path), seen="no valid JSON", expected="a manifest", fix=fix)
         raise ValueError(text) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         return None
-    for name in content.get("files", {}):
+    entries = content.get("files", {})
+    if not isinstance(entries, dict) or not all(isinstance(each, dict) for each in entries.values()):
+        expected = "an entry for each name"
+        raise ValueError(explain(str(path), seen=f"files {entries!r:.40}", expected=expected, fix=fix))
+    for name in entries:
         if name != os.path.basename(name) or name in ("", ".", ".."):
             expected = "plain names in its own folder"
             raise ValueError(
@@ -172,11 +178,16 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def replaced_of(path: Path) -> Path:
+    """Returns where the folder that an earlier run left at `path` waits while a new one moves in."""
+    return path.with_name(path.name + ".replaced")
+
+
 def publish(path: Path, manifest: dict[str, Any]) -> None:
     """Turns the finished `path.partial` into `path`, replacing what an earlier run left there.
 
-    Killed at any point, `path` is the old output, the new one, or absent with `path.partial` whole;
-    it is never half of one.
+    Killed at any point, `path` is the old output, the new one, or absent with `path.partial` whole
+    and for `recover` to move; it is never half of one.
 
     Args:
         path: Where the output shall appear; a file or a folder.
@@ -185,10 +196,9 @@ def publish(path: Path, manifest: dict[str, Any]) -> None:
     Raises:
         OSError: If the output cannot be moved.
     """
-    partial = partial_of(path)
+    partial, replaced = partial_of(path), replaced_of(path)
+    write_manifest(manifest_of(partial), {**manifest, "complete": True})
     if partial.is_dir():
-        write_manifest(partial / MANIFEST, {**manifest, "complete": True})
-        replaced = path.with_name(path.name + ".replaced")
         remove(replaced)
         if path.exists():
             os.rename(path, replaced)
@@ -198,8 +208,25 @@ def publish(path: Path, manifest: dict[str, Any]) -> None:
         return
     manifest_of(path).unlink(missing_ok=True)
     os.replace(partial, path)
-    write_manifest(manifest_of(path), {**manifest, "complete": True})
-    manifest_of(partial).unlink(missing_ok=True)
+    os.replace(manifest_of(partial), manifest_of(path))
+    sync_folder(path.parent)
+
+
+def recover(path: Path) -> None:
+    """Ends a `publish` that was killed when all bytes were written and `path` was absent.
+
+    Args:
+        path: Where the output shall appear; nothing happens where there is nothing to move.
+
+    Raises:
+        OSError: If the output cannot be moved.
+        ValueError: If its manifest is damaged.
+    """
+    if path.exists() or not partial_of(path).exists():
+        return
+    manifest = read_manifest(manifest_of(partial_of(path)))
+    if manifest is not None and manifest.get("complete") is True:
+        publish(path, manifest)
 
 
 def remove(path: Path) -> None:

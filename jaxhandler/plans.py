@@ -117,19 +117,19 @@ class PlanCache:
         start = time.perf_counter()
         try:
             plan = build()
+            with self._lock:
+                self._plans[key] = _Entry(plan, next(self._tick))
+                self._counts["compiles"] += 1
+                self._counts["compile_seconds"] += time.perf_counter() - start
+                while self.max_plans is not None and len(self._plans) > self.max_plans:
+                    del self._plans[min(self._plans, key=lambda key: self._plans[key].used)]
+                    self._counts["evictions"] += 1
+                del self._building[key]
         except BaseException as error:
             with self._lock:
-                del self._building[key]
+                self._building.pop(key, None)
             future.set_exception(error)
             raise
-        with self._lock:
-            self._plans[key] = _Entry(plan, next(self._tick))
-            self._counts["compiles"] += 1
-            self._counts["compile_seconds"] += time.perf_counter() - start
-            while self.max_plans is not None and len(self._plans) > self.max_plans:
-                del self._plans[min(self._plans, key=lambda key: self._plans[key].used)]
-                self._counts["evictions"] += 1
-            del self._building[key]
         future.set_result(plan)
         return plan
 
@@ -139,7 +139,8 @@ class PlanCache:
             return future.result()
         if isinstance(error, Exception):
             raise error
-        # Somebody else's Ctrl-C is not ours: build it ourselves.
+        # Somebody else's Ctrl-C is not ours: build it ourselves, as the same look-up.
+        self._count("misses", -1)
         return self.get(key, build)
 
     def _count(self, name: str, by: float) -> None:
@@ -183,8 +184,8 @@ def signature(tree: Any) -> Hashable:
 
 def _leaf_signature(leaf: Any) -> Hashable:
     if isinstance(leaf, jax.Array):
-        # Key arrays have neither attribute.
-        sharding = leaf.sharding if getattr(leaf, "committed", True) else None
+        sharding = leaf.sharding if leaf.committed else None
+        # Key arrays have no weak type.
         return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), sharding
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype), False, None
@@ -194,7 +195,7 @@ def _leaf_signature(leaf: Any) -> Hashable:
 
 
 def _context() -> Hashable:
-    config = jax.config
+    config: Any = jax.config
     return (
         config.jax_enable_x64,
         config.jax_default_matmul_precision,

@@ -99,14 +99,14 @@ def map_data(fn: Callable[..., Any], data: Any, aux: Any = None) -> Any:
     """
     if aux is None:
         return jax.tree.map(fn, data)
+    leaves, structure = jax.tree.flatten(data)
     try:
-        return jax.tree.map(fn, data, aux)
-    except ValueError as error:
-        theirs, ours = jax.tree.structure(aux), jax.tree.structure(data)
-        if theirs == ours:
-            raise
+        elements = structure.flatten_up_to(aux)
+    except (TypeError, ValueError) as error:
         fix = "Give aux one element for every leaf of data."
-        raise ValueError(explain("aux", seen=str(theirs), expected=str(ours), fix=fix)) from error
+        seen = str(jax.tree.structure(aux))
+        raise ValueError(explain("aux", seen=seen, expected=str(structure), fix=fix)) from error
+    return structure.unflatten([fn(*pair) for pair in zip(leaves, elements, strict=True)])
 
 
 def slice_data(data: Any, index: int, size: int, post: Callable[[Any], Any] | None = None) -> Any:
@@ -149,9 +149,10 @@ def _same(leaf: Any) -> Any:
 
 def _ragged(data: Any) -> str:
     """Names the first row of a list of lists that is longer or shorter than the first one."""
-    if isinstance(data, dict):
-        return next((text for value in data.values() if (text := _ragged(value))), "")
-    if not isinstance(data, list | tuple) or not data or not isinstance(data[0], list | tuple):
+    if isinstance(data, dict | tuple):
+        columns = data.values() if isinstance(data, dict) else data
+        return next((text for column in columns if (text := _ragged(column))), "")
+    if not isinstance(data, list) or not data or not isinstance(data[0], list | tuple):
         return ""
     for row, entries in enumerate(data):
         if not isinstance(entries, list | tuple) or len(entries) != len(data[0]):

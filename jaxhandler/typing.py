@@ -1,4 +1,4 @@
-"""What passes between the floors: batches, means, progress, reports, and the shapes of callables."""
+"""What passes between the floors: batches, means, progress, reports, shapes of callables."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -55,7 +55,9 @@ class Mean(NamedTuple):
 class Step(Protocol):
     """The one signature under every handler: `step(consts, carry, batch) -> (carry, out)`."""
 
-    def __call__(self, consts: Any, carry: Any, batch: Batch, /) -> tuple[Any, Any]: ...
+    def __call__(self, consts: Any, carry: Any, batch: Batch, /) -> tuple[Any, Any]:
+        """Folds one batch."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class RunReport:
 class Progress:
     """Where a run is; every callback gets one.
 
-    Counts are 1-based, block numbers 0-based. Nothing is read from the device until it is looked at.
+    Counts are 1-based, block numbers 0-based. Nothing is read from the device until somebody looks.
 
     Attributes:
         epoch: Epoch of this call, from 1.
@@ -135,6 +137,7 @@ class Progress:
         rows: Rows visited so far in this epoch.
         num_rows: Rows of an epoch.
         seconds: Seconds since the call began.
+        live: What `metrics`, `report` and `state` are read from.
 
     Example:
         >>> Progress(epoch=1, num_epochs=3).num_epochs
@@ -153,17 +156,17 @@ class Progress:
     rows: int = 0
     num_rows: int = 0
     seconds: float = 0.0
-    _live: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    live: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def metrics(self) -> dict[str, Any]:
         """Means over the rows of this batch or macrobatch by name; waits for the device."""
-        return self._live["metrics"]() if "metrics" in self._live else {}
+        return self.live["metrics"]() if "metrics" in self.live else {}
 
     @property
     def report(self) -> RunReport:
         """Where the time went so far."""
-        return self._live["report"]() if "report" in self._live else RunReport()
+        return self.live["report"]() if "report" in self.live else RunReport()
 
     @property
     def state(self) -> Any:
@@ -172,12 +175,12 @@ class Progress:
         Raises:
             RuntimeError: If the callback has returned: the next step may have taken its memory.
         """
-        if "state" not in self._live:
+        if self.live.get("state") is None:
             raise RuntimeError(
-                "Progress.state: saw a look after the callback had returned, expected one inside it. "
-                "Copy what you need with jax.device_get(progress.state)."
+                "Progress.state: saw a look after the callback had returned, expected one inside "
+                "it. Copy what you need with jax.device_get(progress.state)."
             )
-        return self._live["state"]
+        return self.live["state"]
 
 
 Callback: TypeAlias = Callable[[Progress], Any]

@@ -1,9 +1,12 @@
 """One array of rows, wherever it lies: in memory, in a `.npy` file, behind anything that slices."""
 
+import math
+import mmap
 import os
+import tokenize
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +15,9 @@ from jaxhandler.data.dtypes import aligned_empty
 from jaxhandler.errors import explain
 
 __all__ = ["Column", "array_column", "npy_column", "slicing_column"]
+
+# What NumPy's header parser raises on damaged text, besides OSError on damaged disks.
+_BAD_HEADER = (ValueError, TypeError, SyntaxError, RecursionError, tokenize.TokenError)
 
 
 class Column(NamedTuple):
@@ -48,11 +54,12 @@ def array_column(name: str, array: np.ndarray) -> Column:
         ValueError: On reading, if a memmap's file has been cut since it was opened: the operating
             system would otherwise kill the process.
     """
-    filename = getattr(array, "filename", None)
-    check = lambda: None  # noqa: E731
-    if isinstance(array, np.memmap) and filename is not None:
-        needed = array.offset + array.nbytes
-        check = lambda: _check_length(name, Path(filename), needed)  # noqa: E731
+    mapped = _mapped_file(array)
+
+    def check() -> None:
+        if mapped is not None:
+            file, needed = mapped
+            _check_length(name, file.size(), needed)
 
     def read(start: int, stop: int) -> np.ndarray:
         check()
@@ -62,8 +69,7 @@ def array_column(name: str, array: np.ndarray) -> Column:
         check()
         return _take(array, indices)
 
-    held = None if isinstance(array, np.memmap) else array
-    return Column(array.shape, array.dtype, read, take, held=held)
+    return Column(array.shape, array.dtype, read, take, held=array if mapped is None else None)
 
 
 def npy_column(name: str, path: Path) -> Column:
@@ -90,13 +96,8 @@ def npy_column(name: str, path: Path) -> Column:
     """
     with open(path, "rb") as file:
         try:
-            version = np.lib.format.read_magic(file)
-            read_header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }.get(version, np.lib.format.read_array_header_2_0)
-            shape, fortran, dtype = read_header(file)
-        except ValueError as error:
+            shape, fortran, dtype = _read_header(file)
+        except _BAD_HEADER as error:
             fix = "Write it with np.save, or delete it."
             text = explain(name, seen=f"no valid header ({error})", expected="a .npy file", fix=fix)
             raise ValueError(text) from error
@@ -105,9 +106,9 @@ def npy_column(name: str, path: Path) -> Column:
         # The policy on dtypes refuses it; there are no bytes to count.
         return Column(shape, dtype, _unreadable)
     row_shape = shape[1:]
-    row_bytes = int(np.prod(row_shape, dtype=np.int64)) * dtype.itemsize
-    needed = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    _check_length(name, path, needed)
+    row_bytes = math.prod(row_shape) * dtype.itemsize
+    needed = offset + math.prod(shape) * dtype.itemsize
+    _check_length(name, path.stat().st_size, needed)
     if fortran or os.name != "posix":
         return array_column(name, np.load(path, mmap_mode="r", allow_pickle=False))
 
@@ -121,7 +122,7 @@ def npy_column(name: str, path: Path) -> Column:
             while done < len(view):
                 count = os.preadv(handle, [view[done:]], position + done)
                 if count == 0:
-                    _check_length(name, path, needed)
+                    _check_length(name, path.stat().st_size, needed)
                     raise OSError(f"{path}: the file ended at byte {position + done}")
                 done += count
         finally:
@@ -129,7 +130,7 @@ def npy_column(name: str, path: Path) -> Column:
         return rows
 
     def take(indices: np.ndarray) -> np.ndarray:
-        _check_length(name, path, needed)
+        _check_length(name, path.stat().st_size, needed)
         return _take(np.load(path, mmap_mode="r", allow_pickle=False), indices)
 
     return Column(shape, dtype, read, take, fresh=True)
@@ -146,12 +147,24 @@ def slicing_column(name: str, array: Any) -> Column:
         Its column, which reads ranges only.
 
     Raises:
-        ValueError: On reading, if a slice has another shape or dtype than the object promised.
+        TypeError: If its dtype is not one of NumPy's.
+        ValueError: On reading, if a slice has another shape or dtype than the object promised, or
+            masked values.
     """
-    shape, dtype = tuple(map(int, array.shape)), np.dtype(array.dtype)
+    try:
+        shape, dtype = tuple(map(int, array.shape)), np.dtype(array.dtype)
+    except TypeError as error:
+        seen = f"a {type(array).__name__} of dtype {array.dtype}"
+        fix = "Pass np.asarray(...)."
+        raise TypeError(explain(name, seen=seen, expected="a NumPy dtype", fix=fix)) from error
 
     def read(start: int, stop: int) -> np.ndarray:
-        rows = np.asarray(array[start:stop])
+        piece = array[start:stop]
+        if np.ma.is_masked(piece):
+            seen = f"masked values in rows {start} to {stop}"
+            fix = "Fill them with .filled(...), and pass the mask as a leaf of its own."
+            raise ValueError(explain(name, seen=seen, expected="a value in every row", fix=fix))
+        rows = np.asarray(piece)
         expected = (stop - start, *shape[1:])
         if rows.shape != expected or rows.dtype != dtype:
             text = explain(
@@ -196,11 +209,33 @@ def _take(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _check_length(name: str, path: Path, needed: int) -> None:
-    found = path.stat().st_size
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise ValueError(f"version {version}")
+    # The third version differs from the second in how it writes the names of fields.
+    first = version == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"shape {shape}")
+    return tuple(map(int, shape)), fortran, dtype
+
+
+def _mapped_file(array: np.ndarray) -> tuple[mmap.mmap, int] | None:
+    """Returns the file that memory is mapped from, and the bytes it must have; None if it is not."""
+    root, base = None, array
+    while isinstance(base, np.ndarray):
+        root, base = base if isinstance(base, np.memmap) else root, base.base
+    if root is None or not isinstance(root.base, mmap.mmap):
+        return None
+    return root.base, root.offset + np.lib.array_utils.byte_bounds(array)[1] - root.ctypes.data
+
+
+def _check_length(name: str, found: int, needed: int) -> None:
     if found < needed:
         fix = "It was cut, or never finished; write it again."
-        text = explain(name, seen=f"{found} bytes", expected=f"{needed} by its header", fix=fix)
+        text = explain(name, seen=f"{found} bytes", expected=f"at least {needed}", fix=fix)
         raise ValueError(text)
 
 

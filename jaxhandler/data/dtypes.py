@@ -16,6 +16,7 @@ _REMEDIES = {
     "O": "Convert it to numbers first, with .astype(...); a list of rows of one length becomes an array.",
     "U": "Encode the text as integers first.",
     "S": "Encode the text as integers first.",
+    "T": "Encode the text as integers first.",
     "M": "Convert it to numbers first, with .astype('int64') and an offset that fits.",
     "m": "Convert it to numbers first, with .astype('float32').",
     "V": "Split the fields into leaves of their own, one array each.",
@@ -48,7 +49,9 @@ def check_dtype(name: str, array: Any, narrowing: str = "warn") -> np.dtype:
     if isinstance(array, np.ma.MaskedArray):
         fix = "Fill it with .filled(...), and pass the mask as a leaf of its own."
         raise TypeError(explain(name, seen="a masked array", expected=expected, fix=fix))
-    if dtype.kind in _REMEDIES and not jax.dtypes.issubdtype(dtype, np.number):
+    # bfloat16 and its like call themselves void, and a timedelta64 a signed integer.
+    low_precision = dtype.kind == "V" and jax.dtypes.issubdtype(dtype, np.number)
+    if dtype.kind in _REMEDIES and not low_precision:
         fix = _REMEDIES[dtype.kind]
         raise TypeError(explain(name, seen=f"dtype {dtype}", expected=expected, fix=fix))
     if not dtype.isnative:

@@ -49,12 +49,16 @@ def open_sink(out: Any, specs: Any, *, row_axis: int = 0) -> Sink:
 
     Raises:
         OSError: If the disk has no room for the file.
-        TypeError: If a leaf's dtype has no place in a `.npy` file, or `out` is no path.
+        TypeError: If a leaf's dtype has no place in NumPy or a `.npy` file, or `out` is no path.
         ValueError: If a tree shall go to a single `.npy` file, or the folder is not ours to replace.
     """
     if out is None:
+        for name, spec in leaves_with_paths(specs):
+            if jax.dtypes.issubdtype(spec.dtype, jax.dtypes.prng_key):
+                text = explain("outputs", path=name, seen="random keys", expected="numbers")
+                raise TypeError(f"{text} Return jax.random.key_data(keys) instead.")
         return HostSink(specs, row_axis)
-    if out == "device":
+    if isinstance(out, str) and out == "device":
         return DeviceSink(specs, row_axis)
     check_sink(out)
     return FileSink(Path(out), specs, row_axis)
@@ -68,7 +72,8 @@ def check_sink(out: Any) -> None:
 
     Raises:
         FileNotFoundError: If the folder it shall lie in does not exist.
-        FileExistsError: If it is a folder that we have not written.
+        FileExistsError: If there is a folder that we have not written, or a file where a folder
+            shall be.
         TypeError: If it is no path.
         ValueError: If its ending is not known.
     """
@@ -84,11 +89,9 @@ def check_sink(out: Any) -> None:
         raise ValueError(explain("out", seen=seen, expected=".npy or a folder", fix=fix))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"out: the folder {path.parent} does not exist. Make it first.")
-    if path.is_dir() and any(path.iterdir()):
-        if path.suffix or files.read_manifest(files.manifest_of(path)) is None:
-            raise FileExistsError(
-                f"out: {path} is a folder that no earlier run wrote. Name another, or delete it."
-            )
+    for place in (path, files.partial_of(path), files.replaced_of(path)):
+        if not _replaceable(place, folder=not path.suffix):
+            raise FileExistsError(f"out: no earlier run wrote {place}. Name another, or delete it.")
 
 
 class HostSink:
@@ -167,6 +170,7 @@ class FileSink:
         self._path, self._axis = path, row_axis
         partial = files.partial_of(path)
         names = _column_names(specs, path)
+        files.recover(path)
         files.remove(partial)
         folder = partial
         if path.suffix == ".npy":
@@ -273,12 +277,14 @@ def _write_all(file: int, views: list[memoryview], position: int) -> None:
 
 def _column_names(specs: Any, path: Path) -> list[str]:
     leaves = leaves_with_paths(specs)
+    if not leaves:
+        raise ValueError(explain("out", seen="no output leaves", expected="at least one"))
     if path.suffix == ".npy" and len(leaves) != 1:
         fix = "Name a folder instead, without the ending .npy."
         seen = f"{len(leaves)} output leaves"
         raise ValueError(explain("out", seen=seen, expected="one for a .npy file", fix=fix))
     for name, spec in leaves:
-        if np.dtype(spec.dtype).kind == "V":
+        if not _npy_knows(spec.dtype):
             fix = "Give float32 instead, with jh.cast(..., output=jnp.float32) for instance."
             seen = f"{spec.dtype} in outputs{name}"
             raise TypeError(explain("out", seen=seen, expected="a dtype .npy files know", fix=fix))
@@ -294,6 +300,24 @@ def _column_names(specs: Any, path: Path) -> list[str]:
     return names
 
 
+def _npy_knows(dtype: Any) -> bool:
+    """Whether a `.npy` file gives the dtype back: not so for bfloat16 and its like, or keys."""
+    try:
+        return np.dtype(np.dtype(dtype).str) == dtype
+    except TypeError:
+        return False
+
+
+def _replaceable(place: Path, *, folder: bool) -> bool:
+    """Whether an output may take this place."""
+    if not place.exists():
+        return True
+    if place.is_dir() != folder:
+        return False
+    empty = folder and not any(place.iterdir())
+    return not folder or empty or files.read_manifest(files.manifest_of(place)) is not None
+
+
 def _after(start: int, piece: Any, axis: int) -> int:
     leaves = jax.tree.leaves(piece)
     return start + (leaves[0].shape[axis] if leaves else 0)
@@ -302,4 +326,6 @@ def _after(start: int, piece: Any, axis: int) -> int:
 def _on_host(array: Any) -> bool:
     if isinstance(array, np.ndarray):
         return True
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return False
     return all(device.platform == "cpu" for device in array.devices())

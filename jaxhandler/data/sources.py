@@ -117,8 +117,10 @@ def _combine(data: Any, argument: str, open_leaf: Callable[[str, Any], Source]) 
     is_leaf = lambda x: isinstance(x, Source)  # noqa: E731
     leaves = leaves_with_paths(data, is_leaf)
     structure = jax.tree.structure(data, is_leaf=is_leaf)
-    if any(isinstance(leaf, int | float | complex | bool) for _, leaf in leaves):
-        data_size(data, argument=argument)
+    if any(isinstance(leaf, int | float | complex) for _, leaf in leaves):
+        row = jax.ShapeDtypeStruct((1,), np.float32)
+        numbers = lambda x: x if isinstance(x, int | float | complex) else row  # noqa: E731
+        data_size(jax.tree.map(numbers, data, is_leaf=is_leaf), argument=argument)
     parts = [open_leaf(f"{argument}{path}", leaf) for path, leaf in leaves]
     if structure == jax.tree.structure(0):
         return parts[0]
@@ -156,7 +158,7 @@ def _open_leaf(name: str, leaf: Any, narrowing: str, *, argument: str) -> Source
     if isinstance(leaf, str | os.PathLike):
         return _open_path(Path(leaf), narrowing)
     if isinstance(leaf, jax.Array):
-        check_dtype(name, leaf, narrowing)
+        check_dtype(name, leaf, "allow")  # Random keys have no NumPy array.
         return _column_source(name, array_column(name, np.asarray(leaf)), leaf, narrowing)
     if isinstance(leaf, np.ndarray):
         return _column_source(name, array_column(name, leaf), leaf, narrowing)
@@ -189,28 +191,23 @@ def _check_complete(path: Path) -> None:
     """Refuses an output of ours that an interrupted run left behind."""
     partial = files.partial_of(path)
     unfinished = path if path.name.endswith(".partial") else partial
-    if path.exists() and unfinished != path:
-        manifest = files.read_manifest(files.manifest_of(path))
-        size = (manifest or {}).get("files", {}).get(path.name, {}).get("bytes")
-        if path.is_file() and size is not None and path.stat().st_size != size:
-            fix = "It was changed after it was written; write it again."
-            seen = f"{path.stat().st_size} bytes"
-            text = explain(str(path), seen=seen, expected=f"{size} by its manifest", fix=fix)
-            raise ValueError(text)
-        if partial.exists():
-            warnings.warn(
-                f"{path} is the whole output of an earlier run; a later run was interrupted and "
-                f"left {partial.name}. Run it again, or delete that.",
-                stacklevel=2,
-            )
-        return
+    if unfinished == partial:
+        files.recover(path)
+        manifest = files.read_manifest(files.manifest_of(path)) if path.exists() else None
+        if manifest is not None and manifest.get("complete") is not True:
+            unfinished = path
+        elif path.exists():
+            _check_sizes(path, manifest or {})
+            if partial.exists():
+                warnings.warn(
+                    f"{path} is the whole output of an earlier run; a later run was interrupted "
+                    f"and left {partial.name}. Run it again, or delete that.",
+                    stacklevel=2,
+                )
+            return
     if not unfinished.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder.")
     manifest = files.read_manifest(files.manifest_of(unfinished)) or {}
-    if manifest.get("complete") and unfinished == partial:
-        # Killed between the last byte and the last rename: nothing is missing.
-        os.rename(partial, path)
-        return
     text = explain(
         str(path),
         seen=f"an interrupted output in {unfinished.name}",
@@ -218,6 +215,20 @@ def _check_complete(path: Path) -> None:
         fix="Run what wrote it again; it starts over.",
     )
     raise ValueError(text)
+
+
+def _check_sizes(path: Path, manifest: dict[str, Any]) -> None:
+    """Refuses an output of ours that something else has changed since."""
+    for name, entry in manifest.get("files", {}).items():
+        file = path / name if path.is_dir() else path
+        if file.name != name:
+            continue
+        found = f"{file.stat().st_size} bytes" if file.exists() else "no such file"
+        expected = f"{entry.get('bytes')} bytes"
+        if found != expected:
+            fix = "It was changed after it was written; write it again."
+            expected += " by its manifest"
+            raise ValueError(explain(str(file), seen=found, expected=expected, fix=fix))
 
 
 def _column_source(name: str, column: Column, array: Any, narrowing: str) -> Source:
@@ -260,7 +271,8 @@ def _open_resident(name: str, leaf: Any) -> Source:
         raise TypeError(text)
     if isinstance(leaf, np.ndarray):
         target = check_dtype(name, leaf)
-        column = array_column(name, narrow(name, leaf, target))
+        rows = array_column(name, leaf).read(0, data_size(leaf, argument=name))
+        column = array_column(name, narrow(name, rows, target))
     else:
         target = check_dtype(name, leaf)
         devices = leaf.devices()

@@ -28,7 +28,8 @@ class Clock:
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
-        self.seconds = dict.fromkeys(("read", "transfer", "compute", "write", "wait"), 0.0)
+        stages = ("read", "transfer", "compute", "write", "wait")
+        self.seconds: dict[str, float] = dict.fromkeys(stages, 0.0)
 
     @contextlib.contextmanager
     def measure(self, stage: str) -> Iterator[None]:
@@ -41,7 +42,7 @@ class Clock:
 
 
 class Lane:
-    """Runs calls one after another: in a thread of its own, or, unthreaded, when they are asked for.
+    """Runs calls one after another: in a thread of its own, or when their results are asked for.
 
     Args:
         name: The thread's name; None for no thread.
@@ -63,7 +64,13 @@ class Lane:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def read_ahead(lane: Lane, fn: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
+def read_ahead(
+    lane: Lane,
+    fn: Callable[[T], R],
+    items: Iterable[T],
+    depth: int,
+    wait: Callable[[Callable[[], R]], R] = lambda result: result(),
+) -> Iterator[R]:
     """Yields `fn(item)` in order, with up to `depth` further calls under way in `lane`.
 
     Args:
@@ -71,6 +78,7 @@ def read_ahead(lane: Lane, fn: Callable[[T], R], items: Iterable[T], depth: int)
         fn: What to call.
         items: What to call it with; drawn as calls are handed over.
         depth: Calls ahead of the one whose result is yielded.
+        wait: `wait(result)` returns `result()`, timed for instance.
 
     Yields:
         Results, in order.
@@ -83,9 +91,10 @@ def read_ahead(lane: Lane, fn: Callable[[T], R], items: Iterable[T], depth: int)
     for item in items:
         ahead.append(lane.submit(fn, item))
         if len(ahead) > depth:
-            yield ahead.popleft()()
+            # Not by way of a variable: it would keep the rows until the next are asked for.
+            yield wait(ahead.popleft())
     while ahead:
-        yield ahead.popleft()()
+        yield wait(ahead.popleft())
 
 
 class Layout(NamedTuple):
@@ -138,7 +147,8 @@ def load(source: Source, visit: Visit, layout: Layout) -> Macrobatch:
     """
     order = visit.order
     if visit.block is None:
-        assert source.take is not None and order is not None
+        assert source.take is not None
+        assert order is not None
         rows, index, order = source.take(order), order.astype(np.int32), None
     else:
         whole = min(layout.size, source.num_rows - visit.start)
@@ -148,7 +158,8 @@ def load(source: Source, visit: Visit, layout: Layout) -> Macrobatch:
         index = (visit.start + lies).astype(np.int32)
     scan = layout.scan and visit.rows == layout.size
     if order is not None and not (scan and layout.gather):
-        rows, order = jax.tree.map(lambda leaf: _permute(leaf, order), rows), None
+        lies, order = order, None
+        rows = jax.tree.map(lambda leaf: _permute(leaf, lies), rows)
     size = layout.batch_size
     if scan:
         if order is not None:
@@ -163,10 +174,8 @@ def load(source: Source, visit: Visit, layout: Layout) -> Macrobatch:
         if layout.pad and count < size:
             # A real row: zeros would make NaN gradients behind the mask.
             filled = np.minimum(np.arange(size), count - 1)
-            batch, numbers = (
-                jax.tree.map(lambda leaf: _permute(leaf, filled), batch),
-                numbers[filled],
-            )  # noqa: B023
+            batch = jax.tree.map(lambda leaf: _permute(leaf, filled), batch)  # noqa: B023
+            numbers = numbers[filled]
         batches.append(batch)
         indices.append(numbers)
         start += count

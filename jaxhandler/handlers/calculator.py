@@ -82,7 +82,8 @@ class Calculator(Handler):
                 the caller's mesh.
 
         Returns:
-            NumPy arrays `[N, ...]`, a tree like that of `apply_fn`; or the finished source of `out`.
+            NumPy arrays `[N, ...]`, a tree like that of `apply_fn`; or, where `out` is a path, the
+            finished source.
 
         Raises:
             TypeError: If a leaf is no array, or has a dtype JAX does not have.
@@ -180,8 +181,8 @@ def calculator(
         apply_fn: `apply_fn(params, inputs)`, pure, `inputs` a tree of rows `[B, ...]`; gives a tree
             of rows `[B, ...]`.
         batch_size: Rows of a batch, `B`.
-        tail: What becomes of the short last batch: "exact" compiles a plan of its own, "pad" repeats
-            its last row and trims outputs, "drop" leaves it out.
+        tail: What becomes of the short last batch: "exact" compiles a plan of its own, "pad"
+            repeats its last row and trims outputs, "drop" leaves it out.
         mode: "scan" runs a whole macrobatch as one plan, "loop" batch after batch; "auto" loops on
             CPU where the model contains a convolution, which XLA slows down threefold in a scan.
         on_batch_finish: Called with a `Progress` after every batch; makes "auto" a loop.

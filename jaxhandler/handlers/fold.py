@@ -136,6 +136,7 @@ def folding(
     def finish() -> Finished:
         visit, drained = pending.popleft()
         block = drained()
+        run.let_go()
         if bar is not None:
             bar.update(run.progress(visit, len(visit.batches), lambda: block))
         return Finished(visit, block, run.carry)

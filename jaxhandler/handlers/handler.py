@@ -160,16 +160,16 @@ def handler(
     """Makes a handler of your own step.
 
     Args:
-        step_fn: `step_fn(carry, data) -> (carry, out)`, pure, `data` a tree of rows `[B, ...]`. With
-            `consts` in the call it takes them first; with `has_index` the position of the batch in
-            its macrobatch, an int32 scalar, last.
+        step_fn: `step_fn(carry, data) -> (carry, out)`, pure, `data` a tree of rows `[B, ...]`.
+            With `consts` in the call it takes them first; with `has_index` the position of the
+            batch in its macrobatch, an int32 scalar, last.
         batch_size: Rows of a batch, `B`.
-        tail: What becomes of the short last batch: "exact" compiles a plan of its own, "pad" repeats
-            its last row and trims outputs, "drop" leaves it out.
+        tail: What becomes of the short last batch: "exact" compiles a plan of its own, "pad"
+            repeats its last row and trims outputs, "drop" leaves it out.
         mode: "scan" runs a whole macrobatch as one plan, "loop" batch after batch; "auto" loops on
             CPU where the step contains a convolution, which XLA slows down threefold in a scan.
-        outputs: What `out` is: "rows" (leaves `[B, ...]`, joined to `[N, ...]`), "steps" (stacked to
-            `[S, ...]`), or None to discard it.
+        outputs: What `out` is: "rows" (leaves `[B, ...]`, joined to `[N, ...]`), "steps" (stacked
+            to `[S, ...]`), or None to discard it.
         has_index: Whether `step_fn` takes the batch's position.
         on_batch_finish: Called with a `Progress` after every batch; makes "auto" a loop.
         plans: A `jh.PlanCache` to share; None makes a new one.

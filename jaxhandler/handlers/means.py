@@ -83,7 +83,8 @@ def merged(mean: Mean, *, axis: int = 0) -> Any:
 
 def _widened(value: Any) -> jax.Array:
     value = jnp.asarray(value)
-    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    wide = jnp.issubdtype(value.dtype, jnp.inexact) and value.dtype.itemsize >= 4
+    return value if wide else value.astype(jnp.float32)
 
 
 def _unpaddable(name: str, seen: str) -> str:

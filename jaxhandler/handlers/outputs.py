@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler.data.order import Visit
@@ -54,7 +53,8 @@ def output_pieces(
 def _flatten(leaf: jax.Array, axis: int) -> Any:
     array: Any = _host(leaf)
     if axis:
-        array = (jnp if isinstance(array, jax.Array) else np).moveaxis(array, 0, axis)
+        axes = [*range(1, axis + 1), 0, *range(axis + 1, array.ndim)]
+        array = array.transpose(axes)
     return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
 
 

@@ -1,4 +1,4 @@
-"""What a handler is made of: the user's function, how a step is built from it, and how it is run."""
+"""What a handler is made of: the user's function, how it becomes a step, and how that is run."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

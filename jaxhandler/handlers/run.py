@@ -1,5 +1,6 @@
 """One run of a handler: what it resolves before it begins, and its stages."""
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -79,6 +80,11 @@ class Run:
         self.compiled = program.plans.stats().compiles
         self.rows = 0
         self.ready = 0.0
+        if program.tail == "drop" and 0 < source.num_rows < program.batch_size:
+            seen = f'{source.num_rows} rows with tail="drop"'
+            expected = f"at least one batch of {program.batch_size}"
+            fix = 'Use tail="exact", or a smaller batch_size.'
+            raise ValueError(explain(source.name, seen=seen, expected=expected, fix=fix))
         source.check()
         self.sharding = resolve_sharding(options.sharding)
         self.consts, carry = replicate_like((consts, carry), self.sharding)
@@ -86,7 +92,7 @@ class Run:
         rows = size if program.tail == "pad" or not num_rows else min(size, num_rows)
         self.traced = trace_step(program, step, self.consts, carry, source.specs, rows)
         if program.donate:
-            carry = jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=False), carry)
+            carry = jax.tree.map(_own, carry)
         self.carry = carry
         self.plans = Plans(program, step, _pinned(carry))
         device = _device((self.consts, carry), self.sharding)
@@ -117,7 +123,7 @@ class Run:
         return open_sink(out, joined_specs(self.traced.out, self.num_rows, axis), row_axis=axis)
 
     def read(self, lane: Lane) -> Iterator[Macrobatch]:
-        """Yields macrobatches in host memory, in the order visited."""
+        """Returns an iterator of macrobatches in host memory, in the order visited."""
         options, program = self.options, self.program
 
         def order() -> Iterator[Visit]:
@@ -136,13 +142,11 @@ class Run:
             with self.clock.measure("read"):
                 return load(self.source, visit, self.layout)
 
-        stream = read_ahead(lane, read, order(), options.read_ahead)
-        while True:
+        def wait(result: Callable[[], Macrobatch]) -> Macrobatch:
             with self.clock.measure("wait"):
-                macrobatch = next(stream, None)
-            if macrobatch is None:
-                return
-            yield macrobatch
+                return result()
+
+        return read_ahead(lane, read, order(), options.read_ahead, wait)
 
     def place(self, host: Macrobatch) -> Macrobatch:
         """Puts a macrobatch on the device."""
@@ -188,6 +192,15 @@ class Run:
         self.rows += visit.rows
         return block
 
+    def let_go(self) -> None:
+        """Frees the rows of macrobatches that are done.
+
+        On CPU XLA borrows NumPy's memory, and gives it back only when Python collects garbage: a
+        collection of the youngest objects, some microseconds, is enough.
+        """
+        if self.on_cpu:
+            gc.collect(0)
+
     def end_epoch(self, visit: Visit) -> None:
         """Turns the carry to the next epoch after the last macrobatch of one."""
         if self.program.next_epoch is not None and visit.position == self.num_visits - 1:
@@ -210,7 +223,7 @@ class Run:
         try:
             callback(progress)
         finally:
-            progress._live.pop("state", None)
+            progress.live.pop("state", None)
 
     def progress(
         self, visit: Visit, batch: int, block: Callable[[], Any], carry: Any = None
@@ -235,7 +248,7 @@ class Run:
             rows=min(visit.position * self.size + done, self.num_rows),
             num_rows=self.num_rows,
             seconds=time.perf_counter() - self.clock.start,
-            _live={"metrics": metrics, "report": self.report, "state": carry},
+            live={"metrics": metrics, "report": self.report, "state": carry},
         )
 
     def report(self) -> RunReport:
@@ -261,6 +274,12 @@ def _check_options(options: Options, source: Source) -> None:
             raise TypeError(explain(name, seen=seen, expected="a function of one Progress"))
 
 
+def _own(leaf: jax.Array) -> jax.Array:
+    """Copies a leaf where it lies, so that a plan may take the copy's memory over."""
+    place = leaf.sharding if leaf.committed else None
+    return jax.device_put(leaf, place, may_alias=False)
+
+
 def _pinned(carry: Any) -> Any:
     """Keeps a carry on several devices where it is: XLA might move it, and the next call fail."""
     leaves = jax.tree.leaves(carry)
@@ -269,11 +288,16 @@ def _pinned(carry: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, carry), None
 
 
-def _device(tree: Any, sharding: Sharding | None) -> jax.Device:
+def _device(tree: Any, sharding: Sharding | None) -> Any:
     if sharding is not None:
         return min(sharding.device_set, key=lambda device: device.id)
     for leaf in jax.tree.leaves(tree):
-        if getattr(leaf, "committed", False):
+        if leaf.committed:
             return min(leaf.devices(), key=lambda device: device.id)
-    default = jax.config.jax_default_device
-    return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
+    config: Any = jax.config
+    default = config.jax_default_device
+    return (
+        jax.local_devices(backend=default)[0]
+        if default is None or isinstance(default, str)
+        else default
+    )

@@ -1,4 +1,4 @@
-"""A step as XLA sees it: traced and checked once per row spec, compiled as one batch or one block."""
+"""A step as XLA sees it: traced and checked per row spec, compiled for one batch or a block."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass

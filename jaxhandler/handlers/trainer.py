@@ -121,9 +121,9 @@ class Trainer(Handler):
         Args:
             state: Where training stands; never donated, a copy of it is.
             data: What `jh.open_source` takes.
-            shuffle: "rows" permutes macrobatches and the rows inside each, "blocks" macrobatches and
-                the batches inside each, "global" all rows (for sources that read scattered rows),
-                None keeps the order.
+            shuffle: "rows" permutes macrobatches and the rows inside each, "blocks" macrobatches
+                and the batches inside each, "global" all rows (for sources that read scattered
+                rows), None keeps the order.
             epochs: How often to go over all rows.
             macrobatch_size: Rows on the device at once, rounded down to whole batches, or "auto".
             on_macrobatch_start: Called with a `Progress` before each macrobatch.
@@ -207,8 +207,8 @@ def trainer(
     """Makes a trainer of a loss and an optimiser.
 
     Args:
-        loss_fn: `loss_fn(params, batch)`, pure, `batch` a tree of rows `[B, ...]`; gives the mean of
-            the batch as a scalar, one value per row `[B]`, or a `jh.Mean`.
+        loss_fn: `loss_fn(params, batch)`, pure, `batch` a tree of rows `[B, ...]`; gives the mean
+            of the batch as a scalar, one value per row `[B]`, or a `jh.Mean`.
         optimizer: An optax gradient transformation.
         has_state: Whether it is `loss_fn(params, model_state, batch) -> (loss, model_state)`, for
             batch statistics and the like.
@@ -296,4 +296,5 @@ def trainer(
 
 def _next_epoch(state: TrainState) -> TrainState:
     epoch = np.asarray(state.epoch) + np.int32(1)
-    return state._replace(epoch=jax.device_put(epoch, state.epoch.sharding))
+    place = state.epoch.sharding if state.epoch.committed else None
+    return state._replace(epoch=jax.device_put(epoch, place))

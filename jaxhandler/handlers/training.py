@@ -1,4 +1,4 @@
-"""What a train step is: gradients by rows, micro-batches, mutable state, keys, and the state itself."""
+"""A train step: gradients by rows, micro-batches, mutable state, keys; and the train state."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -192,7 +192,7 @@ def make_train_step(
         )
         return state, TrainInfo(mean.total, mean.count, finite, report=())  # pyright: ignore[reportArgumentType]
 
-    return step  # pyright: ignore[reportReturnType]
+    return step
 
 
 def _as_key(name: str, key: Any) -> Any:

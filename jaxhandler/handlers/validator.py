@@ -140,8 +140,8 @@ def validator(
         metric_fns: Name to `fn(params, batch)`, pure, `batch` a tree of rows `[B, ...]`; gives one
             value per row `[B]`, the mean of the batch as a scalar, or a `jh.Mean`.
         batch_size: Rows of a batch, `B`.
-        tail: What becomes of the short last batch: "exact" compiles a plan of its own, "pad" repeats
-            its last row and masks it (metrics `[B]` only), "drop" leaves it out.
+        tail: What becomes of the short last batch: "exact" compiles a plan of its own, "pad"
+            repeats its last row and masks it (metrics `[B]` only), "drop" leaves it out.
         mode: "scan" runs a whole macrobatch as one plan, "loop" batch after batch; "auto" loops on
             CPU where a metric contains a convolution, which XLA slows down threefold in a scan.
         on_batch_finish: Called with a `Progress` after every batch; makes "auto" a loop.

@@ -1,0 +1,1 @@
+"""Benchmarks: one script per question, peers side by side in one process, interleaved."""

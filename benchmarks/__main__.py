@@ -1,0 +1,28 @@
+"""Runs every benchmark, each in a process of its own: `python -m benchmarks [--quick]`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+_NAMES = ("imports", "unused", "nonfinite", "memory", "overlap", "epoch")
+
+
+def main() -> int:
+    """Runs them one after another.
+
+    Returns:
+        How many failed.
+    """
+    failed: list[str] = []
+    for name in _NAMES:
+        print(f"== {name}", flush=True)
+        command = [sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]]
+        if subprocess.run(command, cwd=Path(__file__).resolve().parents[1]).returncode:
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

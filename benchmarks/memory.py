@@ -1,0 +1,98 @@
+"""How much memory does a calculation need whose outputs do not fit?
+
+Rows `[N, 16]` of a `.npy` file become outputs `[N, 2000]` of another: 800 MB for 100,000 rows.
+Each number of rows runs in a process of its own, in which a thread samples the anonymous resident
+memory (`RssAnon`: without the pages of files, which the system takes back when it needs them).
+`peak MiB` is the largest sample above the one before the run; what compiling needs is in it.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import json
+import subprocess
+import tempfile
+import threading
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxhandler as jh
+from benchmarks.common import RESULTS, arguments, report
+
+_COLUMNS = ("rows", "output MiB", "start MiB", "peak MiB", "seconds")
+_INPUTS, _OUTPUTS = 16, 2000
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    if sys.platform != "linux":
+        raise SystemExit("memory.py reads /proc/self/status, which only Linux has.")
+    parser = arguments(__doc__, rounds=3)
+    parser.add_argument("--rows", type=int, help="measure one run in this process, print JSON")
+    options = parser.parse_args()
+    if options.rows is not None:
+        print(json.dumps(_measure(options.rows)))
+        return
+    sizes = (5_000, 10_000, 20_000) if options.quick else (50_000, 100_000, 200_000)
+    rounds = 1 if options.quick else options.rounds
+    runs = [[_in_process(size) for size in sizes] for _ in range(rounds)]
+    rows = [max(of_size, key=lambda run: run["peak MiB"]) for of_size in zip(*runs, strict=True)]
+    notes = [f"the largest of {rounds} runs each; bar: under 200 MiB, whatever the rows"]
+    report("memory", rows, options, columns=_COLUMNS, notes=notes)
+
+
+def _in_process(rows: int) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__).resolve()), "--rows", str(rows)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _measure(rows: int) -> dict[str, Any]:
+    weights = jax.device_put(np.ones((_INPUTS, _OUTPUTS), np.float32))
+    calculator = jh.calculator(lambda params, x: jnp.tanh(x @ params), batch_size=128)
+    with tempfile.TemporaryDirectory(dir=RESULTS) as folder:
+        path = Path(folder) / "rows.npy"
+        np.save(path, np.random.default_rng(0).random((rows, _INPUTS), np.float32))
+        # JAX's own threads and first arrays are no cost of the run.
+        jax.block_until_ready(jax.jit(lambda x: x + 1)(weights))
+        before = _anonymous()
+        peak, stop = [before], threading.Event()
+
+        def sample() -> None:
+            while not stop.wait(0.002):
+                peak[0] = max(peak[0], _anonymous())
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        start = time.perf_counter()
+        try:
+            calculator.calc_from_host(weights, path, out=Path(folder) / "outputs.npy")
+        finally:
+            seconds = time.perf_counter() - start
+            stop.set()
+            sampler.join()
+    return {
+        "rows": rows,
+        "output MiB": rows * _OUTPUTS * 4 / 2**20,
+        "start MiB": before / 2**20,
+        "peak MiB": (peak[0] - before) / 2**20,
+        "seconds": seconds,
+    }
+
+
+def _anonymous() -> int:
+    """Returns the bytes of anonymous memory that are resident."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no RssAnon; Linux 4.5 or newer has.")
+
+
+if __name__ == "__main__":
+    main()

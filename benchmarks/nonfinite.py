@@ -1,0 +1,85 @@
+"""What does looking for NaN and infinity cost a trainer?
+
+An MLP and LeNet-5 are fitted on rows on the device with `on_nonfinite="raise"` and `"skip"`,
+against `"ignore"` and against `bare`: the same step written by hand for `jh.handler`, which goes
+through the same fold and looks at nothing.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxhandler as jh
+from benchmarks.common import arguments, interleaved, median, ratio, report, spread
+from benchmarks.models import LEARNING_RATE, MODELS, Task, loss_fn, make_task
+
+_COLUMNS = (
+    "model", "bare ms", "ignore ms", "raise ms", "skip ms", "raise/ignore", "raise/bare",
+    "skip/ignore", "skip/bare",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    options = arguments(__doc__, rounds=21).parse_args()
+    rounds = min(options.rounds, 2) if options.quick else options.rounds
+    rows = [_row(make_task(model, quick=options.quick), rounds) for model in MODELS[1:]]
+    notes = ["bar: raise at most 1 % above a step without the check; skip is reported"]
+    report("nonfinite", rows, options, columns=_COLUMNS, notes=notes)
+
+
+def _row(task: Task, rounds: int) -> dict[str, Any]:
+    data = jax.device_put({"x": task.x, "y": task.y})
+    peers: dict[str, Callable[[], object]] = {"bare": _bare(task, data)}
+    for policy in ("ignore", "raise", "skip"):
+        optimizer = optax.adam(LEARNING_RATE)
+        trainer = jh.trainer(loss_fn(task.model), optimizer, on_nonfinite=policy)
+        state = trainer.init(task.params, key=jax.random.key(0))
+        peers[policy] = functools.partial(_fit, trainer, state, data)
+    for _ in range(2):
+        for run in peers.values():
+            run()
+    times = interleaved(peers, rounds)
+    pairs = [(a, b) for a in ("raise", "skip") for b in ("ignore", "bare")]
+    return {
+        "model": task.model.name,
+        "rows": len(task.x),
+        **{f"{name} ms": 1e3 * median(times, name) for name in peers},
+        **{f"{a}/{b}": ratio(times, a, b) for a, b in pairs},
+        "quartiles": {f"{a}/{b}": spread(times, a, b) for a, b in pairs},
+        "seconds": times,
+    }
+
+
+def _fit(trainer: jh.Trainer, state: jh.TrainState, data: Any) -> None:
+    state, info = trainer.train(state, data, shuffle=None)
+    jax.block_until_ready((state, info.loss))
+
+
+def _bare(task: Task, data: Any) -> Callable[[], object]:
+    """Returns a fit by a step of the user's own."""
+    optimizer = optax.adam(LEARNING_RATE)
+    gradient = jax.value_and_grad(loss_fn(task.model))
+
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        params, opt_state = state
+        loss, grads = gradient(params, batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    handler = jh.handler(step, outputs="steps")
+    state = (jax.tree.map(jnp.copy, task.params), optimizer.init(task.params))
+    return lambda: jax.block_until_ready(handler.handle(state, data))
+
+
+if __name__ == "__main__":
+    main()

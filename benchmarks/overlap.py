@@ -1,0 +1,194 @@
+"""Does a streamed calculation hide reading behind computing?
+
+A `.npy` file is calculated in macrobatches by a model whose size is chosen, before the timing, so
+that computing takes as long as reading. In each round the following are timed next to each other:
+
+- read: every macrobatch through the library's reader, nothing computed;
+- compute: a hand-written scan over one macrobatch on the device, once per macrobatch of the file;
+- serial: by hand, read, place and compute one macrobatch after the other;
+- overlapped: `calc_from_host` on the file.
+
+`of larger` divides overlapped by the larger of read and compute plus one macrobatch of it, `of
+serial` by serial as it was measured, `of sum` by read plus compute. "warm" reads from the page
+cache, which is a copy in memory; "cold" drops the file's pages (`posix_fadvise`) before each
+timing.
+
+XLA's CPU client computes on all cores and would leave none to the reader of a machine with two. So
+the model computes with one thread here, in all peers alike: `--xla_cpu_multi_thread_eigen=false`.
+On an accelerator that changes nothing.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false " + os.environ.get("XLA_FLAGS", "")
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxhandler as jh
+from benchmarks.common import RESULTS, Times, arguments, interleaved, median, report
+
+_COLUMNS = (
+    "pages", "layers", "read ms", "compute ms", "serial ms", "overlapped ms", "of larger",
+    "of serial", "of sum", "cores computing",
+)  # fmt: skip
+_WIDTH, _HIDDEN, _BATCH = 784, 64, 128
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    options = arguments(__doc__, rounds=9).parse_args()
+    rounds = min(options.rounds, 2) if options.quick else options.rounds
+    size = _BATCH * (8 if options.quick else 64)
+    macrobatches = 4 if options.quick else 16
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=RESULTS) as folder:
+        path = Path(folder) / "rows.npy"
+        _write(path, size, macrobatches)
+        for pages in ("warm", "cold"):
+            if pages == "warm" or hasattr(os, "posix_fadvise"):
+                rows.append(_row(path, pages, size, macrobatches, rounds))
+    notes = [
+        f"{macrobatches} macrobatches of {size} rows of {_WIDTH} float32; one computing thread.",
+        "bars: `of larger` at most 1.2, `of serial` at most 0.65",
+    ]
+    report("overlap", rows, options, columns=_COLUMNS, notes=notes)
+
+
+def _row(path: Path, pages: str, size: int, macrobatches: int, rounds: int) -> dict[str, Any]:
+    before = (lambda: _forget(path)) if pages == "cold" else (lambda: _warm(path))
+    source = jh.open_source(path)
+
+    def read() -> None:
+        for start in range(0, source.num_rows, size):
+            source.read(start, start + size)
+
+    before()
+    read()
+    reading = _seconds(read, before)
+    layers = _calibrate(source, size, reading / macrobatches)
+    apply, params = _model(layers)
+    calculator = jh.calculator(apply, batch_size=_BATCH)
+    scan = _scan(apply)
+    block = jax.device_put(source.read(0, size).reshape(-1, _BATCH, _WIDTH))
+
+    def compute() -> None:
+        for _ in range(macrobatches):
+            np.asarray(scan(params, block))
+
+    def serial() -> None:
+        for start in range(0, source.num_rows, size):
+            rows = source.read(start, start + size).reshape(-1, _BATCH, _WIDTH)
+            np.asarray(scan(params, jax.device_put(rows)))
+
+    def overlapped() -> None:
+        calculator.calc_from_host(params, path, macrobatch_size=size)
+
+    for warm_up in (compute, serial, overlapped):
+        warm_up()
+    start, used = time.perf_counter(), time.process_time()
+    compute()
+    cores = (time.process_time() - used) / (time.perf_counter() - start)
+    peers = {"read": read, "compute": compute, "serial": serial, "overlapped": overlapped}
+    times = interleaved(peers, rounds, before=before)
+    larger = [max(pair) for pair in zip(times["read"], times["compute"], strict=True)]
+    return {
+        "pages": pages,
+        "layers": layers,
+        "macrobatches": macrobatches,
+        "macrobatch_rows": size,
+        **{f"{name} ms": 1e3 * median(times, name) for name in times},
+        "of larger": _ratio(times, [one * (1 + 1 / macrobatches) for one in larger]),
+        "of serial": _ratio(times, times["serial"]),
+        "of sum": _ratio(
+            times, [sum(pair) for pair in zip(times["read"], times["compute"], strict=True)]
+        ),
+        "cores computing": cores,
+        "seconds": times,
+    }
+
+
+def _ratio(times: Times, base: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(times["overlapped"], base, strict=True))
+
+
+def _write(path: Path, size: int, macrobatches: int) -> None:
+    """Writes the file in pieces, to the disk and not only to the cache."""
+    rows = np.lib.format.open_memmap(path, "w+", np.float32, (size * macrobatches, _WIDTH))
+    random = np.random.default_rng(0)
+    for start in range(0, len(rows), size):
+        rows[start : start + size] = random.random((size, _WIDTH), np.float32)
+    rows.flush()
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _forget(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _warm(path: Path) -> None:
+    with open(path, "rb", buffering=0) as file:
+        buffer = bytearray(2**20)
+        while file.readinto(buffer):
+            pass
+
+
+def _model(layers: int) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
+    """Returns a model whose cost grows with `layers`, in steps finer than a read."""
+    random = np.random.default_rng(1)
+    first = random.standard_normal((_WIDTH, _HIDDEN), np.float32) / np.float32(28)
+    inner = random.standard_normal((_HIDDEN, _HIDDEN), np.float32) / np.float32(8)
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        first, inner = params
+        x = jax.lax.fori_loop(0, layers, lambda _, x: jax.nn.relu(x @ inner) + 1, x @ first)
+        return x[:, :10]
+
+    return apply, (jnp.asarray(first), jnp.asarray(inner))
+
+
+def _scan(apply: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax.Array], jax.Array]:
+    def scan(params: Any, block: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda none, rows: (none, apply(params, rows)), None, block)[1]
+
+    return jax.jit(scan)
+
+
+def _calibrate(source: jh.Source, size: int, target: float) -> int:
+    """Returns the layers with which a macrobatch takes `target` seconds."""
+    block = jax.device_put(source.read(0, size).reshape(-1, _BATCH, _WIDTH))
+
+    def cost(layers: int) -> float:
+        apply, params = _model(layers)
+        scan = _scan(apply)
+        np.asarray(scan(params, block))
+        return _seconds(lambda: np.asarray(scan(params, block)))
+
+    low, high = cost(0), cost(64)
+    return max(round(64 * (target - low) / max(high - low, 1e-9)), 0)
+
+
+def _seconds(run: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    taken: list[float] = []
+    for _ in range(5):
+        before()
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+if __name__ == "__main__":
+    main()
