@@ -3,6 +3,7 @@
 from jaxhandler.data.sources import Source as Source
 from jaxhandler.data.sources import open_source as open_source
 from jaxhandler.errors import NonFiniteError as NonFiniteError
+from jaxhandler.handlers import callbacks as callbacks
 from jaxhandler.handlers.calculator import Calculator as Calculator
 from jaxhandler.handlers.calculator import calculator as calculator
 from jaxhandler.handlers.handler import Handler as Handler
@@ -42,6 +43,7 @@ __all__ = [
     "Trainer",
     "Validator",
     "calculator",
+    "callbacks",
     "cast",
     "data_size",
     "from_linen",
