@@ -1,0 +1,98 @@
+"""Types of rows: what becomes of each, and in what memory."""
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxhandler.data.dtypes import aligned_copy, aligned_empty, check_dtype, check_fits, narrow
+
+KEPT = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "float32"]
+KEPT += ["complex64", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_types_that_jax_has_are_kept(name):
+    dtype = np.dtype(getattr(ml_dtypes, name, name))
+    assert check_dtype("x", np.zeros(2, dtype), "raise") == dtype
+    assert jnp.asarray(np.zeros(2, dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("wide", "target"),
+    [("int64", "int32"), ("uint64", "uint32"), ("float64", "float32"), ("complex128", "complex64")],
+)
+def test_wide_types_become_what_jax_would_make_of_them(wide, target):
+    array = np.zeros(2, wide)
+    assert check_dtype("x", array, "allow") == target
+    assert jax.device_put(array).dtype == target
+    with jax.enable_x64(True):
+        assert check_dtype("x", array, "raise") == wide
+
+
+def test_wide_integers_are_narrowed_without_a_word():
+    assert check_dtype("x", np.zeros(2, np.int64), "raise") == np.int32
+
+
+def test_the_warning_says_what_to_do():
+    with pytest.warns(UserWarning, match='Store it as float32, set jax_enable_x64, or .*"allow"'):
+        check_dtype("data['x']", np.zeros(2))
+
+
+def test_a_message_numbers_the_row_as_the_source_does():
+    array = np.array([[0, 0], [2**40, 0]])
+    with pytest.raises(OverflowError, match="x: saw 1099511627776 in row 101, expected"):
+        check_fits("x", array, np.dtype(np.int32), 100)
+    with pytest.raises(OverflowError, match="in row 7, expected"):
+        check_fits("x", array, np.dtype(np.int32), np.array([3, 7]))
+
+
+def test_narrowing_gives_fresh_memory_even_where_nothing_changes():
+    array = np.zeros((3, 2), np.float32)
+    narrowed = narrow("x", array, array.dtype)
+    assert not np.shares_memory(narrowed, array)
+
+
+@hypothesis.given(
+    hnp.arrays(np.int64, hnp.array_shapes(max_dims=3, max_side=4), elements=st.integers(-(2**40), 2**40))
+)
+def test_integers_are_narrowed_exactly_or_not_at_all(array):
+    fits = (np.abs(array + 0.5) < 2**31).all()
+    if fits:
+        np.testing.assert_array_equal(narrow("x", array, np.dtype(np.int32)), array)
+    else:
+        with pytest.raises(OverflowError, match="x: saw"):
+            narrow("x", array, np.dtype(np.int32))
+
+
+@hypothesis.given(hnp.arrays(np.float64, hnp.array_shapes(max_dims=2, max_side=4)))
+def test_floats_are_narrowed_to_the_nearest_or_not_at_all(array):
+    with np.errstate(over="ignore"):
+        nearest = array.astype(np.float32)
+    if np.isfinite(array[np.isinf(nearest)]).any():
+        with pytest.raises(OverflowError, match="expected a finite float32"):
+            narrow("x", array, np.dtype(np.float32))
+    else:
+        np.testing.assert_array_equal(narrow("x", array, np.dtype(np.float32)), nearest)
+
+
+@hypothesis.given(
+    hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5),
+    st.sampled_from([np.dtype(np.float32), np.dtype(bool), np.dtype(ml_dtypes.bfloat16)]),
+)
+def test_fresh_memory_is_aligned_contiguous_and_of_the_shape_asked_for(shape, dtype):
+    array = aligned_empty(shape, dtype)
+    assert (array.shape, array.dtype) == (shape, dtype)
+    assert array.size == 0 or array.ctypes.data % 64 == 0
+    assert array.flags.c_contiguous
+    assert array.flags.writeable
+
+
+def test_an_aligned_copy_of_a_strided_array_is_the_same_array():
+    array = np.arange(24, dtype=np.int16).reshape(4, 6)[::2, ::-3]
+    np.testing.assert_array_equal(aligned_copy(array), array)
+    assert aligned_copy(array, np.dtype(np.float32)).dtype == np.float32

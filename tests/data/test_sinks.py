@@ -1,0 +1,611 @@
+"""Sinks: what is written comes back, and what is not whole is never taken for whole."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jaxhandler as jh
+from jaxhandler import files
+from jaxhandler.data.sinks import BlockSink, check_sink, open_sink
+
+ROOT = Path(jh.__file__).parents[1]
+
+
+def specs_of(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def rows_of(tree, start, stop, axis=0):
+    before = (slice(None),) * axis
+    return jax.tree.map(lambda leaf: leaf[(*before, slice(start, stop))], tree)
+
+
+def write_all(sink, tree, axis=0):
+    sink.write(0, [tree])
+    return sink.finish()
+
+
+def write_file(path, array):
+    return write_all(open_sink(path, specs_of(array)), array)
+
+
+@pytest.fixture
+def x():
+    return np.arange(12, dtype=np.float32).reshape(6, 2)
+
+
+# Round trips.
+
+
+@st.composite
+def outputs_in_pieces(draw):
+    """A tree of outputs, its row axis, and how its rows are cut into writes of several pieces."""
+    axis = draw(st.integers(0, 1))
+    rows, members = draw(st.integers(0, 12)), draw(st.integers(1, 3))
+    lead = (members,) * axis + (rows,)
+    shapes = draw(st.lists(st.lists(st.integers(0, 3), max_size=2).map(tuple), min_size=1, max_size=3))
+    dtypes = [np.float32, np.int32, np.bool_, np.complex64, np.float16]
+    rng = np.random.default_rng(0)
+    tree = {
+        f"leaf{number}": rng.integers(0, 2, (*lead, *shape)).astype(draw(st.sampled_from(dtypes)))
+        for number, shape in enumerate(shapes)
+    }
+    cuts = sorted(draw(st.lists(st.integers(0, rows), max_size=5)))
+    ranges = list(zip([0, *cuts], [*cuts, rows], strict=True))
+    writes = []
+    while ranges:
+        count = draw(st.integers(1, len(ranges)))
+        writes.append(ranges[:count])
+        ranges = ranges[count:]
+    return tree, axis, rows, writes
+
+
+def write_in_pieces(sink, tree, axis, writes, make=lambda leaf: leaf):
+    for pieces in writes:
+        parts = [jax.tree.map(make, rows_of(tree, *piece, axis)) for piece in pieces]
+        sink.write(pieces[0][0], parts)
+    return sink.finish()
+
+
+@hypothesis.given(case=outputs_in_pieces(), make=st.sampled_from([np.asarray, jnp.asarray]))
+def test_outputs_come_back_from_host_memory(case, make):
+    tree, axis, _, writes = case
+    sink = open_sink(None, specs_of(tree), row_axis=axis)
+    result = write_in_pieces(sink, tree, axis, writes, make)
+    jax.tree.map(np.testing.assert_array_equal, result, tree)
+    assert jax.tree.map(lambda leaf: leaf.dtype, result) == jax.tree.map(lambda leaf: leaf.dtype, tree)
+
+
+@hypothesis.given(case=outputs_in_pieces(), make=st.sampled_from([np.asarray, jnp.asarray]))
+def test_outputs_come_back_from_the_device(case, make):
+    tree, axis, _, writes = case
+    sink = open_sink("device", specs_of(tree), row_axis=axis)
+    result = write_in_pieces(sink, tree, axis, writes, make)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(result))
+    jax.tree.map(np.testing.assert_array_equal, result, tree)
+
+
+@hypothesis.given(case=outputs_in_pieces(), make=st.sampled_from([np.asarray, jnp.asarray]))
+def test_outputs_come_back_from_a_folder(case, make, tmp_path_factory):
+    tree, axis, rows, writes = case
+    folder = tmp_path_factory.mktemp("sink") / "out"
+    sink = open_sink(folder, specs_of(tree), row_axis=axis)
+    write_in_pieces(sink, tree, axis, writes, make)
+    for name, leaf in tree.items():
+        loaded = np.load(folder / f"{name}.npy")
+        assert (loaded.shape, loaded.dtype) == (leaf.shape, leaf.dtype)
+        np.testing.assert_array_equal(loaded, leaf)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["complete"] is True
+    assert (manifest["rows"], manifest["row_axis"]) == (rows, axis)
+    for name, entry in manifest["files"].items():
+        content = (folder / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert sorted(os.listdir(folder)) == sorted(["manifest.json", *manifest["files"]])
+    assert os.listdir(folder.parent) == ["out"]
+
+
+@hypothesis.given(case=outputs_in_pieces())
+def test_a_single_output_comes_back_from_a_npy_file(case, tmp_path_factory):
+    tree, axis, _, writes = case
+    array = {"leaf0": tree["leaf0"]}
+    path = tmp_path_factory.mktemp("sink") / "out.npy"
+    sink = open_sink(str(path), specs_of(array), row_axis=axis)
+    write_in_pieces(sink, array, axis, writes)
+    loaded = np.load(path)
+    assert loaded.dtype == tree["leaf0"].dtype
+    np.testing.assert_array_equal(loaded, tree["leaf0"])
+    entry = files.read_manifest(files.manifest_of(path))["files"]["out.npy"]
+    assert entry == {"bytes": path.stat().st_size, "sha256": files.digest(path)}
+    assert sorted(os.listdir(path.parent)) == ["out.npy", "out.npy.manifest.json"]
+
+
+@hypothesis.given(case=outputs_in_pieces())
+def test_blocks_are_given_back_as_they_are_written(case):
+    tree, axis, _, writes = case
+    sink = BlockSink(axis)
+    for pieces in writes:
+        block = sink.write(pieces[0][0], [rows_of(tree, *piece, axis) for piece in pieces])
+        expected = rows_of(tree, pieces[0][0], pieces[-1][1], axis)
+        jax.tree.map(np.testing.assert_array_equal, block, expected)
+    assert sink.finish() is None
+
+
+def test_the_result_of_a_file_is_an_open_source_of_it(x, tmp_path):
+    source = write_file(tmp_path / "out.npy", x)
+    assert isinstance(source, jh.Source)
+    np.testing.assert_array_equal(source.read(1, 4), x[1:4])
+
+
+def test_a_folder_written_opens_as_a_dict_of_its_leaves(x, tmp_path):
+    tree = {"a": {"b": x}, "c": [x[:, 0]]}
+    write_all(open_sink(tmp_path / "out", specs_of(tree)), tree)
+    rows = jh.open_source(tmp_path / "out").read(2, 3)
+    np.testing.assert_array_equal(rows["a.b"], x[2:3])
+    np.testing.assert_array_equal(rows["c.0"], x[2:3, 0])
+
+
+def test_a_bare_array_in_a_folder_is_called_outputs(x, tmp_path):
+    write_file(tmp_path / "out", x)
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / "outputs.npy"), x)
+
+
+def test_bfloat16_stays_what_it_is_in_memory():
+    array = np.arange(4).astype(ml_dtypes.bfloat16)
+    result = write_all(open_sink(None, specs_of(array)), array)
+    assert result.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(result, array)
+
+
+def test_random_keys_stay_keys_on_the_device():
+    keys = jax.random.split(jax.random.key(0), 4)
+    sink = open_sink("device", specs_of(keys))
+    sink.write(0, [keys[:3], keys[3:]])
+    np.testing.assert_array_equal(jax.random.key_data(sink.finish()), jax.random.key_data(keys))
+
+
+def test_a_write_of_more_pieces_than_one_system_call_takes_is_whole(tmp_path):
+    array = np.arange(3000, dtype=np.int32)
+    sink = open_sink(tmp_path / "out.npy", specs_of(array))
+    sink.write(0, [array[row : row + 1] for row in range(3000)])
+    sink.finish()
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), array)
+
+
+# What is refused before any work.
+
+
+def test_a_tree_is_refused_by_a_single_npy_file(x, tmp_path):
+    with pytest.raises(ValueError, match=r"out: saw 2 output leaves, expected one .*folder"):
+        open_sink(tmp_path / "out.npy", specs_of({"a": x, "b": x}))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("out", ["out.npy", "out"])
+def test_types_that_npy_files_do_not_know_are_refused(name, out, tmp_path):
+    specs = {"logits": jax.ShapeDtypeStruct((3,), getattr(ml_dtypes, name))}
+    with pytest.raises(TypeError, match=rf"out: saw {name} in outputs\['logits'\].*jh.cast"):
+        open_sink(tmp_path / out, specs)
+    assert os.listdir(tmp_path) == []
+
+
+def test_random_keys_are_refused_by_host_memory_and_files(tmp_path):
+    specs = jax.eval_shape(lambda: {"key": jax.random.split(jax.random.key(0), 3)})
+    with pytest.raises(TypeError, match=r"outputs\['key'\]: saw random keys.*key_data"):
+        open_sink(None, specs)
+    with pytest.raises(TypeError, match=r"out: saw key<fry> in outputs\['key'\]"):
+        open_sink(tmp_path / "out", specs)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [{"a/b": 0}, {"..": {"/x": 0}}, {"a.b": 0, "a": {"b": 0}}, {"": 0, "outputs": 0}],
+    ids=str,
+)
+def test_leaf_names_that_make_no_file_names_are_refused(tree, tmp_path):
+    specs = jax.tree.map(lambda _: jax.ShapeDtypeStruct((3,), np.float32), tree)
+    with pytest.raises(ValueError, match="out: saw .* expected one file per leaf"):
+        open_sink(tmp_path / "out", specs)
+    assert os.listdir(tmp_path) == []
+
+
+def test_outputs_without_a_leaf_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="out: saw no output leaves"):
+        open_sink(tmp_path / "out", {})
+
+
+@pytest.mark.parametrize("out", [3, np.zeros(3), ["out.npy"], b"out.npy"], ids=str)
+def test_what_is_no_path_is_refused(out):
+    with pytest.raises(TypeError, match="out: saw a .*, expected a path, or None"):
+        check_sink(out)
+
+
+def test_an_unknown_ending_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"out: saw the ending '.csv', expected .npy or a folder"):
+        check_sink(tmp_path / "out.csv")
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"the folder {tmp_path / 'no'} does not exist"):
+        check_sink(tmp_path / "no" / "out.npy")
+
+
+FOREIGN = {
+    "a folder": ("out", "out/precious.txt"),
+    "a folder where the rows will be written": ("out", "out.partial/precious.txt"),
+    "a folder where the old output would wait": ("out", "out.replaced/precious.txt"),
+    "a folder where a file shall be": ("out.npy", "out.npy/precious.txt"),
+    "a file where a folder shall be": ("out", "out"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_what_others_wrote_is_not_deleted(case, x, tmp_path):
+    out, precious = FOREIGN[case]
+    precious = tmp_path / precious
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text("precious")
+    for attempt in (check_sink, lambda path: open_sink(path, specs_of(x))):
+        with pytest.raises(FileExistsError, match=r"out: no earlier run wrote .* Name another"):
+            attempt(tmp_path / out)
+    assert precious.read_text() == "precious"
+
+
+def test_an_empty_folder_may_be_taken(x, tmp_path):
+    (tmp_path / "out").mkdir()
+    np.testing.assert_array_equal(write_file(tmp_path / "out", x).read(0, 6)["outputs"], x)
+
+
+# What is not whole.
+
+
+OUTS = pytest.mark.parametrize("out", ["out.npy", "out"])
+
+
+def read(path):
+    """The rows of an output of one leaf."""
+    source = jh.open_source(path)
+    rows = source.read(0, source.num_rows)
+    return rows if path.suffix else rows["outputs"]
+
+
+@OUTS
+def test_an_aborted_output_is_absent_and_is_refused_with_a_clear_message(out, x, tmp_path):
+    sink = open_sink(tmp_path / out, specs_of(x))
+    sink.write(0, [x[:4]])
+    sink.abort()
+    assert not (tmp_path / out).exists()
+    with pytest.raises(ValueError, match=f"{out}: saw an interrupted output") as caught:
+        jh.open_source(tmp_path / out)
+    assert "expected all 6 rows" in str(caught.value)
+    assert "Run what wrote it again" in str(caught.value)
+    with pytest.raises(ValueError, match="saw an interrupted output"):
+        jh.open_source(tmp_path / f"{out}.partial")
+
+
+@OUTS
+def test_an_output_is_absent_until_it_is_finished(out, x, tmp_path):
+    sink = open_sink(tmp_path / out, specs_of(x))
+    sink.write(0, [x])
+    assert not (tmp_path / out).exists()
+    sink.finish()
+    np.testing.assert_array_equal(read(tmp_path / out), x)
+
+
+@OUTS
+def test_an_interrupted_output_is_written_anew(out, x, tmp_path):
+    sink = open_sink(tmp_path / out, specs_of(x))
+    sink.write(0, [-x])
+    sink.abort()
+    write_file(tmp_path / out, x)
+    np.testing.assert_array_equal(read(tmp_path / out), x)
+    assert not (tmp_path / f"{out}.partial").exists()
+
+
+@OUTS
+def test_an_earlier_output_is_kept_until_the_new_one_is_whole(out, x, tmp_path):
+    path = tmp_path / out
+    write_file(path, x)
+    sink = open_sink(path, specs_of(x[:3]))
+    sink.write(0, [-x[:3]])
+    with pytest.warns(UserWarning, match=f"{out} is the whole output of an earlier run"):
+        np.testing.assert_array_equal(read(path), x)
+    sink.finish()
+    np.testing.assert_array_equal(read(path), -x[:3])
+
+
+@OUTS
+def test_an_earlier_output_survives_an_abort(out, x, tmp_path):
+    path = tmp_path / out
+    write_file(path, x)
+    open_sink(path, specs_of(x)).abort()
+    with pytest.warns(UserWarning, match=f"a later run was interrupted and left {out}.partial"):
+        np.testing.assert_array_equal(read(path), x)
+
+
+def test_columns_of_an_earlier_output_do_not_stay_behind(x, tmp_path):
+    old, new = {"a": x, "b": x}, {"a": x}
+    write_all(open_sink(tmp_path / "out", specs_of(old)), old)
+    write_all(open_sink(tmp_path / "out", specs_of(new)), new)
+    assert set(jh.open_source(tmp_path / "out").specs) == {"a"}
+
+
+def test_a_file_that_was_cut_since_is_refused_by_its_manifest(x, tmp_path):
+    write_file(tmp_path / "out.npy", x)
+    np.save(tmp_path / "out.npy", x[:3])
+    with pytest.raises(ValueError, match=r"out.npy: saw 152 bytes, expected 176 bytes by its man"):
+        jh.open_source(tmp_path / "out.npy")
+
+
+def test_a_folder_that_lost_a_column_is_refused_by_its_manifest(x, tmp_path):
+    tree = {"a": x, "b": x}
+    write_all(open_sink(tmp_path / "out", specs_of(tree)), tree)
+    (tmp_path / "out" / "b.npy").unlink()
+    with pytest.raises(ValueError, match="b.npy: saw no such file, expected 176 bytes"):
+        jh.open_source(tmp_path / "out")
+
+
+def test_an_interrupted_folder_that_somebody_renamed_is_refused(x, tmp_path):
+    open_sink(tmp_path / "out", specs_of(x)).abort()
+    (tmp_path / "out.partial").rename(tmp_path / "kept")
+    with pytest.raises(ValueError, match="kept: saw an interrupted output in kept"):
+        jh.open_source(tmp_path / "kept")
+
+
+def test_an_output_moved_elsewhere_with_its_manifest_opens_there(x, tmp_path):
+    write_file(tmp_path / "out.npy", x)
+    (tmp_path / "out.npy").rename(tmp_path / "moved.npy")
+    (tmp_path / "out.npy.manifest.json").rename(tmp_path / "moved.npy.manifest.json")
+    np.testing.assert_array_equal(read(tmp_path / "moved.npy"), x)
+
+
+# Real processes, really killed; real disks, really full.
+
+
+def child(code, *args, **options):
+    """Starts a Python process that runs `code` with this checkout's package."""
+    header = """
+        import os, sys
+        from pathlib import Path
+        import jax, numpy as np
+        from jaxhandler.data.sinks import open_sink
+        x = np.arange(12, dtype=np.float32).reshape(6, 2)
+        specs = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        path = Path(sys.argv[1])
+    """
+    script = textwrap.dedent(header) + textwrap.dedent(code)
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        **options,
+    )
+
+
+def run_child(code, *args, **options):
+    process = child(code, *args, **options)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+@OUTS
+@pytest.mark.parametrize("earlier", [False, True], ids=["first", "second"])
+def test_a_process_killed_while_it_writes_leaves_no_half_output(out, earlier, x, tmp_path):
+    path = tmp_path / out
+    if earlier:
+        write_file(path, -x)
+    process = child(
+        """
+        sink = open_sink(path, specs)
+        sink.write(0, [x[:3]])
+        print("half", flush=True)
+        sys.stdin.read()
+        """,
+        path,
+        stdin=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdout.readline() == "half\n"
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    if earlier:
+        with pytest.warns(UserWarning, match="later run was interrupted"):
+            np.testing.assert_array_equal(read(path), -x)
+    else:
+        assert not path.exists()
+        with pytest.raises(ValueError, match="saw an interrupted output"):
+            jh.open_source(path)
+    write_file(path, x)
+    np.testing.assert_array_equal(read(path), x)
+
+
+@OUTS
+@pytest.mark.parametrize("earlier", [False, True], ids=["first", "second"])
+def test_killed_at_any_moment_an_output_is_the_old_one_or_the_new_one(out, earlier, tmp_path):
+    """Forks a writer for every look at the file system it makes, and kills it right there."""
+    report = run_child(
+        """
+        import collections, itertools, json, signal, warnings
+        import jaxhandler as jh
+
+        LOOKS = ("open", "os.", "shutil.")
+
+        def write(path, array, kill_at):
+            looks = itertools.count()
+
+            def hook(event, args):
+                if event.startswith(LOOKS) and next(looks) == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            sink = open_sink(path, specs)
+            if kill_at is not None:
+                sys.addaudithook(hook)
+            sink.write(0, [array[:4]])
+            sink.write(4, [array[4:]])
+            sink.finish()
+
+        def outcome(path):
+            try:
+                source = jh.open_source(path)
+            except (ValueError, FileNotFoundError) as error:
+                return "refused" if "interrupted output" in str(error) else "none"
+            rows = source.read(0, source.num_rows)
+            rows = rows if path.suffix else rows["outputs"]
+            if rows.shape == x.shape and (rows == x).all():
+                return "new"
+            return "old" if rows.shape == x.shape and (rows == -x).all() else "broken"
+
+        warnings.simplefilter("ignore")
+        outcomes, clean = [], []
+        for kill_at in itertools.count():
+            here = path / str(kill_at)
+            here.mkdir()
+            target = here / sys.argv[2]
+            if sys.argv[3] == "True":
+                write(target, -x, None)
+            pid = os.fork()
+            if not pid:
+                write(target, x, kill_at)
+                os._exit(0)
+            killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+            outcomes.append(outcome(target))
+            write(target, x, None)
+            left = {name for name in os.listdir(here) if not name.startswith(".")}
+            clean.append(outcome(target) == "new" and len(left) <= 2 - (not target.suffix))
+            if not killed:
+                break
+        print(json.dumps([outcomes, clean]))
+        """,
+        tmp_path,
+        out,
+        earlier,
+    )
+    outcomes, clean = json.loads(report); print(outcomes)
+    before = "old" if earlier else "refused"
+    assert set(outcomes) == {before, "new"}
+    assert outcomes == sorted(outcomes, key=[before, "new"].index)
+    assert len(outcomes) > 8  # It was killed that often.
+    assert all(clean)
+
+
+@OUTS
+def test_an_output_whose_last_rename_is_missing_is_whole(out, x, tmp_path):
+    path = tmp_path / out
+    write_file(path, x)
+    partial = files.partial_of(path)
+    if not path.is_dir():
+        files.manifest_of(path).rename(files.manifest_of(partial))
+    path.rename(partial)
+    np.testing.assert_array_equal(read(path), x)
+    assert not partial.exists()
+    assert files.read_manifest(files.manifest_of(path))["complete"] is True
+
+
+@OUTS
+def test_writing_again_where_the_last_rename_is_missing_first_ends_it(out, x, tmp_path):
+    path = tmp_path / out
+    write_file(path, x)
+    partial = files.partial_of(path)
+    if not path.is_dir():
+        files.manifest_of(path).rename(files.manifest_of(partial))
+    path.rename(partial)
+    open_sink(path, specs_of(x)).abort()
+    with pytest.warns(UserWarning, match="later run was interrupted"):
+        np.testing.assert_array_equal(read(path), x)
+
+
+def full_disk(code, path, **options):
+    """Runs `code` between the lines that expect an OSError and report it."""
+    header = "import errno\ndef attempt():\n" + textwrap.indent(textwrap.dedent(code), "    ")
+    footer = """
+try:
+    attempt()
+except OSError as error:
+    print(errno.errorcode[error.errno])
+else:
+    print("no error")
+"""
+    return run_child(header + footer, path, **options).split()
+
+
+@OUTS
+def test_a_disk_without_room_is_an_error_before_any_work(out, tmp_path):
+    path = tmp_path / out
+    (code,) = full_disk(
+        """
+        import resource, signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        open_sink(path, jax.ShapeDtypeStruct((10_000, 8), np.float32))
+        """,
+        path,
+    )
+    assert code == "EFBIG"
+    with pytest.raises(ValueError, match="saw an interrupted output"):
+        jh.open_source(path)
+
+
+@OUTS
+def test_a_write_that_fails_is_an_error_and_leaves_the_output_absent(out, tmp_path):
+    path = tmp_path / out
+    (code,) = full_disk(
+        """
+        import resource, signal
+        big = np.ones((10_000, 8), np.float32)
+        sink = open_sink(path, jax.ShapeDtypeStruct(big.shape, big.dtype))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        try:
+            sink.write(0, [big])
+        finally:
+            sink.abort()
+        """,
+        path,
+    )
+    assert code == "EFBIG"
+    assert not path.exists()
+    with pytest.raises(ValueError, match="saw an interrupted output"):
+        jh.open_source(path)
+
+
+@OUTS
+def test_a_small_disk_that_is_full_is_an_error_and_no_signal(out, tmp_path):
+    mount = f"mount -t tmpfs -o size=256k tmpfs {tmp_path}"
+    try:
+        works = subprocess.run(["unshare", "-Urm", "sh", "-c", mount], capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("needs Linux")
+    if works.returncode:
+        pytest.skip("may mount nothing here")
+    code = """
+        import errno, subprocess
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", path.parent], check=True)
+        try:
+            open_sink(path, jax.ShapeDtypeStruct((100_000, 8), np.float32))
+        except OSError as error:
+            print(errno.errorcode[error.errno])
+        open_sink(path, specs).write(0, [x])
+        print("room again")
+    """
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec unshare -Urm "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    report = run_child(code, tmp_path / out, executable=str(python))
+    assert report.split() == ["ENOSPC", "room", "again"]
