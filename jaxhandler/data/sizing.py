@@ -40,7 +40,7 @@ def row_bytes(specs: Any, *, row_axis: int = 0) -> int:
     return sum(sizes)
 
 
-def free_bytes(device: jax.Device) -> int:
+def free_bytes(device: Any) -> int:
     """Returns the bytes a run may plan with on `device`: half of what is free there.
 
     Args:
@@ -78,7 +78,7 @@ def fitting_rows(num_rows: int, bytes_per_row: int, budget: int) -> int:
 
 
 def resolve_macrobatch(
-    size: int | str, batch_size: int, num_rows: int, bytes_per_row: int, device: jax.Device
+    size: int | str, batch_size: int, num_rows: int, bytes_per_row: int, device: Any
 ) -> int:
     """Returns the rows of a whole macrobatch: whole batches, at least one.
 

@@ -497,7 +497,7 @@ def test_killed_at_any_moment_an_output_is_the_old_one_or_the_new_one(out, earli
         out,
         earlier,
     )
-    outcomes, clean = json.loads(report); print(outcomes)
+    outcomes, clean = json.loads(report)
     before = "old" if earlier else "refused"
     assert set(outcomes) == {before, "new"}
     assert outcomes == sorted(outcomes, key=[before, "new"].index)

@@ -102,8 +102,9 @@ def test_batches_know_their_rows_and_their_place():
     for mode in ("scan", "loop"):
         base = jh.handler(lambda carry, data: (carry, data), batch_size=4, mode=mode)
         watching = base.program.build(base.program._replace(make_step=lambda fn: step))
+        rows, key = np.arange(22, dtype=np.int32), jax.random.key(0)
         _, (data, index, position) = watching.handle_from_host(
-            (), np.arange(22, dtype=np.int32), macrobatch_size=8, shuffle="rows", key=jax.random.key(0)
+            (), rows, macrobatch_size=8, shuffle="rows", key=key
         )
         np.testing.assert_array_equal(data, index)
         assert sorted(position.tolist()) == sorted([0] * 12 + [1] * 10)
@@ -269,14 +270,12 @@ def test_an_output_without_a_row_per_row_is_refused_before_anything_compiles():
 
 
 def test_a_carry_of_another_type_is_refused_with_its_path():
-    step = lambda carry, x: ({"n": carry["n"] + 0.5}, x)  # noqa: E731
     with pytest.raises(ValueError, match=r"carry\['n'\]: saw float32\[3\] returned.*int32\[3\]"):
         jh.handler(lambda carry, x: ({"n": jnp.zeros(3)}, x)).handle_from_host(
             {"n": np.zeros(3, np.int32)}, np.zeros(4, np.float32)
         )
     with pytest.raises(ValueError, match="carry: saw PyTreeDef"):
         jh.handler(lambda carry, x: ((), x)).handle_from_host({"n": 0}, np.zeros(4, np.float32))
-    del step
 
 
 def test_a_step_that_gives_no_pair_is_refused():

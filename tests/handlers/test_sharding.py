@@ -40,7 +40,7 @@ def test_a_spec_is_read_under_the_callers_mesh(mesh):
 @pytest.mark.parametrize("mode", ["scan", "loop"])
 @pytest.mark.parametrize("shuffle", [None, "rows"])
 def test_sharded_training_equals_training_on_one_device(mesh, mode, shuffle):
-    tr = jh.trainer(lambda w, x: ((x @ w - 1) ** 2), optax.adam(0.1), batch_size=8, mode=mode)
+    tr = jh.trainer(lambda w, x: (x @ w - 1) ** 2, optax.adam(0.1), batch_size=8, mode=mode)
     state = tr.init(jnp.zeros(6), key=jax.random.key(0))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     options = {"epochs": 2, "macrobatch_size": 16, "shuffle": shuffle}

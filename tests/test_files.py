@@ -1,0 +1,268 @@
+"""Files that are whole or absent, and manifests that cannot mislead."""
+
+import hashlib
+import json
+import os
+import threading
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from jaxhandler import files
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+# atomic_write
+
+
+def test_what_is_written_takes_the_place_of_the_old_file(tmp_path):
+    path = tmp_path / "note"
+    path.write_text("old")
+    with files.atomic_write(path) as fresh:
+        fresh.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["note"]
+
+
+def test_a_path_may_be_text(tmp_path):
+    with files.atomic_write(str(tmp_path / "note")) as fresh:
+        fresh.write_text("new")
+    assert (tmp_path / "note").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_leaves_the_old_file_and_nothing_else(error, tmp_path):
+    path = tmp_path / "note"
+    path.write_text("old")
+
+    def write():
+        with files.atomic_write(path) as fresh:
+            fresh.write_text("half")
+            raise error
+
+    pytest.raises(error, write)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["note"]
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path):
+    def write():
+        with files.atomic_write(tmp_path / "note"):
+            pass
+
+    pytest.raises(FileNotFoundError, write)
+    assert names(tmp_path) == []
+
+
+def test_readers_see_one_whole_file_or_another(tmp_path):
+    path = tmp_path / "note"
+    contents = [letter * 100_000 for letter in "ab"]
+    path.write_text(contents[0])
+    ended = threading.Event()
+
+    def write():
+        for turn in range(50):
+            with files.atomic_write(path) as fresh:
+                fresh.write_text(contents[turn % 2])
+        ended.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while not ended.is_set():
+        seen.add(path.read_text())
+    writer.join()
+    assert seen <= set(contents)
+
+
+def test_writers_at_the_same_time_do_not_mix(tmp_path):
+    path = tmp_path / "note"
+    barrier = threading.Barrier(4)
+
+    def write(letter):
+        barrier.wait()
+        for _ in range(10):
+            with files.atomic_write(path) as fresh:
+                fresh.write_text(letter * 10_000)
+
+    writers = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert path.read_text() in {letter * 10_000 for letter in "abcd"}
+    assert names(tmp_path) == ["note"]
+
+
+# digest
+
+
+@hypothesis.given(content=st.binary(max_size=1000))
+def test_the_digest_is_sha256(content, tmp_path_factory):
+    path = tmp_path_factory.mktemp("digest") / "x"
+    path.write_bytes(content)
+    assert files.digest(path) == hashlib.sha256(content).hexdigest()
+
+
+def test_one_flipped_bit_changes_the_digest(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"\0" * 5_000_000)
+    before = files.digest(path)
+    with open(path, "r+b") as file:
+        file.seek(4_000_000)
+        file.write(b"\1")
+    assert files.digest(path) != before
+
+
+def test_the_digest_of_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        files.digest(tmp_path / "x")
+
+
+# Manifests
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@hypothesis.given(content=st.dictionaries(st.text(max_size=5), JSON, max_size=4))
+def test_a_manifest_says_what_was_written(content, tmp_path_factory):
+    hypothesis.assume(not content.keys() & {"format", "version", "files"})
+    path = tmp_path_factory.mktemp("manifest") / files.MANIFEST
+    files.write_manifest(path, content)
+    assert files.read_manifest(path) == {"format": "jaxhandler", "version": 1, **content}
+
+
+def test_a_manifest_is_the_same_text_whatever_the_order_of_its_keys(tmp_path):
+    files.write_manifest(tmp_path / "a", {"rows": 1, "complete": True})
+    files.write_manifest(tmp_path / "b", {"complete": True, "rows": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_where_there_is_no_manifest_there_is_none(tmp_path):
+    (tmp_path / "file").touch()
+    assert files.read_manifest(tmp_path / "nowhere") is None
+    assert files.read_manifest(tmp_path / "file" / "below") is None
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '"text"', "null", '{"format": "others"}'])
+def test_a_manifest_of_somebody_else_is_none_of_ours(content, tmp_path):
+    (tmp_path / files.MANIFEST).write_text(content)
+    assert files.read_manifest(tmp_path / files.MANIFEST) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b'{"format": "jaxhandler"', b"\xff\xfe", b"[" * 100_000],
+    ids=["empty", "open", "cut", "no text", "deep"],
+)
+def test_a_damaged_manifest_is_refused(content, tmp_path):
+    path = tmp_path / files.MANIFEST
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path}: saw no valid JSON, expected a manifest"):
+        files.read_manifest(path)
+
+
+def test_an_oversized_manifest_is_refused_unread(tmp_path):
+    path = tmp_path / files.MANIFEST
+    path.touch()
+    os.truncate(path, 2**40)  # A hole: reading it would take all memory.
+    with pytest.raises(ValueError, match=r"saw 1099511627776 bytes, expected at most"):
+        files.read_manifest(path)
+
+
+@pytest.mark.parametrize("name", ["../x.npy", "/etc/passwd", "a/b.npy", "", ".", ".."])
+def test_a_manifest_that_names_files_outside_is_refused(name, tmp_path):
+    path = tmp_path / files.MANIFEST
+    path.write_text(json.dumps({"format": "jaxhandler", "files": {"x.npy": {}, name: {}}}))
+    with pytest.raises(ValueError, match=f"saw the file '{name}', expected plain names"):
+        files.read_manifest(path)
+
+
+@pytest.mark.parametrize("entries", [None, 3, "x.npy", ["x.npy"], {"x.npy": 3}], ids=str)
+def test_a_manifest_whose_files_are_no_entries_is_refused(entries, tmp_path):
+    path = tmp_path / files.MANIFEST
+    path.write_text(json.dumps({"format": "jaxhandler", "files": entries}))
+    with pytest.raises(ValueError, match="saw files .*, expected an entry for each name"):
+        files.read_manifest(path)
+
+
+def test_a_manifest_lies_beside_a_file_and_inside_a_folder(tmp_path):
+    assert files.manifest_of(tmp_path) == tmp_path / "manifest.json"
+    assert files.manifest_of(tmp_path / "x.npy") == tmp_path / "x.npy.manifest.json"
+
+
+# publish, recover, remove
+
+
+@pytest.fixture(params=["file", "folder"])
+def output(request, tmp_path):
+    """Where an output shall appear, and a function that writes its partial."""
+    path = tmp_path / "out"
+
+    def write(text):
+        partial = files.partial_of(path)
+        if request.param == "folder":
+            partial.mkdir()
+            (partial / "x").write_text(text)
+        else:
+            partial.write_text(text)
+        files.write_manifest(files.manifest_of(partial), {"complete": False})
+
+    def read():
+        return (path / "x" if path.is_dir() else path).read_text()
+
+    return path, write, read
+
+
+def test_publishing_replaces_the_old_output_and_leaves_nothing_behind(output):
+    path, write, read = output
+    for text in ("old", "new"):
+        write(text)
+        files.publish(path, {"rows": 3})
+        assert read() == text
+        manifest = files.read_manifest(files.manifest_of(path))
+        assert (manifest["complete"], manifest["rows"]) == (True, 3)
+    beside = [] if path.is_dir() else ["out.manifest.json"]
+    assert names(path.parent) == ["out", *beside]
+
+
+def test_recovering_moves_only_what_is_complete_to_where_nothing_is(output):
+    path, write, read = output
+    files.recover(path)
+    write("new")
+    files.recover(path)
+    assert not path.exists()
+    files.write_manifest(files.manifest_of(files.partial_of(path)), {"complete": True})
+    files.recover(path)
+    assert read() == "new"
+    write("newer")
+    files.write_manifest(files.manifest_of(files.partial_of(path)), {"complete": True})
+    files.recover(path)
+    assert read() == "new"
+
+
+def test_removing_takes_files_folders_and_what_is_not_there(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    for name in ("file", "folder", "nothing"):
+        files.remove(tmp_path / name)
+    assert names(tmp_path) == []
+
+
+def test_removing_a_link_leaves_what_it_points_to(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    files.remove(tmp_path / "link")
+    assert names(tmp_path) == ["folder"]
+    assert names(tmp_path / "folder") == ["file"]
