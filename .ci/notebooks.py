@@ -47,7 +47,7 @@ def notebook(script: str) -> str:
         "nbformat": 4,
         "nbformat_minor": 5,
     }
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def cell(name: str, kind: str, text: str) -> dict[str, Any]:

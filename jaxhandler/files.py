@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, digests, and manifests that say what is complete."""
+"""Files that are whole or absent: atomic writes, digests, manifests that say what is complete."""
 
 import contextlib
 import hashlib
@@ -36,7 +36,7 @@ _LARGEST_MANIFEST = 64 * 2**20
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a path to write to; when the block ends well, its file takes the place of `path`.
 
-    A reader sees the old file or the new one, never a part. Where the block raises, nothing changes.
+    A reader sees the old file or the new one, never a part. If the block raises, nothing changes.
 
     Args:
         path: Where the file shall appear.
@@ -166,9 +166,13 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         return None
     entries = content.get("files", {})
-    if not isinstance(entries, dict) or not all(isinstance(each, dict) for each in entries.values()):
+    if not isinstance(entries, dict) or not all(
+        isinstance(each, dict) for each in entries.values()
+    ):
         expected = "an entry for each name"
-        raise ValueError(explain(str(path), seen=f"files {entries!r:.40}", expected=expected, fix=fix))
+        raise ValueError(
+            explain(str(path), seen=f"files {entries!r:.40}", expected=expected, fix=fix)
+        )
     for name in entries:
         if name != os.path.basename(name) or name in ("", ".", ".."):
             expected = "plain names in its own folder"
@@ -179,7 +183,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def replaced_of(path: Path) -> Path:
-    """Returns where the folder that an earlier run left at `path` waits while a new one moves in."""
+    """Returns where the folder of an earlier run waits while the new one moves to `path`."""
     return path.with_name(path.name + ".replaced")
 
 

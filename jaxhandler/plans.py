@@ -1,4 +1,4 @@
-"""The plan cache: one compiled executable per abstract signature, built once, counted, freed when evicted."""
+"""The plan cache: one executable per abstract signature, built once, freed when evicted."""
 
 import itertools
 import threading
@@ -220,7 +220,7 @@ def compile_plan(
         fn: A function of `len(args)` arguments.
         args: Arrays, or `jax.ShapeDtypeStruct`s that stand for them; they are not read.
         donate: Positions of the arguments whose memory the plan may take over.
-        out_shardings: Where outputs shall lie, a prefix tree of `fn`'s result; None lets XLA choose.
+        out_shardings: Where outputs lie, a prefix tree of `fn`'s result; None lets XLA choose.
 
     Returns:
         A `jax.stages.Compiled`, called like `fn`.

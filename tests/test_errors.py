@@ -17,7 +17,9 @@ def test_a_message_without_a_remedy_ends_with_a_full_stop():
     assert explain("data", seen="a", expected="b") == "data: saw a, expected b."
 
 
-@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), np.array(3), jnp.int32(3)], ids=repr)
+@pytest.mark.parametrize(
+    "value", [3, np.int64(3), np.uint8(3), np.array(3), jnp.int32(3)], ids=repr
+)
 def test_whole_numbers_of_any_kind_count(value):
     count = check_count("batch_size", value)
     assert type(count) is int

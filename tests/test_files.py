@@ -45,7 +45,8 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(error, tmp_path):
             fresh.write_text("half")
             raise error
 
-    pytest.raises(error, write)
+    with pytest.raises(error):
+        write()
     assert path.read_text() == "old"
     assert names(tmp_path) == ["note"]
 
@@ -55,7 +56,8 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path):
         with files.atomic_write(tmp_path / "note"):
             pass
 
-    pytest.raises(FileNotFoundError, write)
+    with pytest.raises(FileNotFoundError):
+        write()
     assert names(tmp_path) == []
 
 
@@ -129,11 +131,14 @@ def test_the_digest_of_a_missing_file_is_an_error(tmp_path):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
 
+@hypothesis.settings(max_examples=10)  # Each is an fsync.
 @hypothesis.given(content=st.dictionaries(st.text(max_size=5), JSON, max_size=4))
 def test_a_manifest_says_what_was_written(content, tmp_path_factory):
     hypothesis.assume(not content.keys() & {"format", "version", "files"})

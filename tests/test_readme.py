@@ -6,6 +6,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -13,8 +14,8 @@ README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
@@ -40,12 +41,15 @@ def test_first_command_runs_and_second_tests() -> None:
     assert test.endswith("pytest")
 
 
-def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["README.md", "docs/models.md"])
+def test_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks are read from top to bottom: a later one may use what an earlier one made."""
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "readme"}
-    for number, block in enumerate(blocks("python")):
-        exec(compile(block, f"README.md, Python block {number}", "exec"), names)
+    names = {"__name__": "page"}
+    # Pages are written for JAX as it comes.
+    with jax.numpy_dtype_promotion("standard"):
+        for number, block in enumerate(blocks("python", (ROOT / name).read_text())):
+            exec(compile(block, f"{name}, Python block {number}", "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

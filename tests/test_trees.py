@@ -236,7 +236,9 @@ def test_jax_arrays_are_cut_too():
 
 @pytest.mark.parametrize("index", [3, 100])
 def test_a_block_beyond_the_end_is_refused_with_the_number_of_blocks(index):
-    with pytest.raises(IndexError, match=rf"index: saw {index}, .* below 3. 5 rows make 3 blocks of 2"):
+    with pytest.raises(
+        IndexError, match=rf"index: saw {index}, .* below 3. 5 rows make 3 blocks of 2"
+    ):
         jh.slice_data(np.arange(5), index, 2)
 
 

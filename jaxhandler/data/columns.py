@@ -223,7 +223,7 @@ def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _mapped_file(array: np.ndarray) -> tuple[mmap.mmap, int] | None:
-    """Returns the file that memory is mapped from, and the bytes it must have; None if it is not."""
+    """Returns the file that memory is mapped from and the bytes it must have, or None."""
     root, base = None, array
     while isinstance(base, np.ndarray):
         root, base = base if isinstance(base, np.memmap) else root, base.base

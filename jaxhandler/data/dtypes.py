@@ -13,7 +13,7 @@ __all__ = ["aligned_copy", "aligned_empty", "check_dtype", "check_fits", "narrow
 # XLA's CPU client takes a host buffer as it lies, without a copy, from this alignment on.
 _ALIGNMENT = 64
 _REMEDIES = {
-    "O": "Convert it to numbers first, with .astype(...); a list of rows of one length becomes an array.",
+    "O": "Convert it to numbers first, with .astype(...), in rows of one length.",
     "U": "Encode the text as integers first.",
     "S": "Encode the text as integers first.",
     "T": "Encode the text as integers first.",

@@ -102,14 +102,14 @@ def visits(
     starts = np.arange(0, visited, size)
     if shuffle == "global":
         # One macrobatch of all rows, visited in pieces.
-        everything = _generator(key, epoch, 0).permutation(num_rows)
+        everything = _generator(key, epoch, 1).permutation(num_rows)
         for position, start in enumerate(range(0, visited, size)):
             order = everything[start : min(start + size, visited)]
             batches = tuple((count, None) for count in _cut(len(order), batch_size))
             yield Visit(epoch, position, None, 0, len(order), order, batches)
         return
     if shuffle is not None:
-        starts = _generator(key, epoch).permutation(starts)
+        starts = _generator(key, epoch, 0).permutation(starts)
     for position, start in enumerate(map(int, starts)):
         whole = min(size, num_rows - start)
         rows = min(whole, visited - start)
@@ -117,10 +117,10 @@ def visits(
         counts = _cut(rows, batch_size)
         batches = tuple((count, number) for number, count in enumerate(counts))
         if shuffle == "rows":
-            order = _generator(key, epoch, block).permutation(whole)[:rows]
+            order = _generator(key, epoch, block + 1).permutation(whole)[:rows]
             batches = tuple((count, None) for count in counts)
         elif shuffle == "blocks":
-            numbers = _generator(key, epoch, block).permutation(len(counts))
+            numbers = _generator(key, epoch, block + 1).permutation(len(counts))
             batches = tuple((counts[number], int(number)) for number in numbers)
             pieces = [number * batch_size + np.arange(counts[number]) for number in numbers]
             order = np.concatenate(pieces)
@@ -136,9 +136,10 @@ def _cut(rows: int, batch_size: int) -> list[int]:
     return [batch_size] * full + [rest] * (rest > 0)
 
 
-def _generator(key: Any, *numbers: int) -> np.random.Generator:
+def _generator(key: Any, epoch: int, draw: int) -> np.random.Generator:
+    """Draw 0 is the order of the macrobatches, draw 1 on those of the rows inside each."""
     data = (
         jax.random.key_data(key) if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     )
-    seed = [*np.ravel(np.asarray(data)).tolist(), *numbers]
+    seed = [*np.ravel(np.asarray(data)).tolist(), epoch, draw]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))

@@ -25,7 +25,8 @@ class Sink(Protocol):
     """What outputs are handed to, in the order visited.
 
     `write(start, pieces)` takes the rows from `start` on as a list of trees that follow each other,
-    and gives back what the run shall yield, mostly nothing; `finish()` gives the result and makes it last; `abort()` leaves what is there incomplete.
+    and gives back what the run shall yield, mostly nothing; `finish()` gives the result and makes
+    it last; `abort()` leaves what is there incomplete.
     """
 
     def write(self, start: int, pieces: list[Any]) -> Any: ...
@@ -50,7 +51,8 @@ def open_sink(out: Any, specs: Any, *, row_axis: int = 0) -> Sink:
     Raises:
         OSError: If the disk has no room for the file.
         TypeError: If a leaf's dtype has no place in NumPy or a `.npy` file, or `out` is no path.
-        ValueError: If a tree shall go to a single `.npy` file, or the folder is not ours to replace.
+        ValueError: If a tree shall go to a single `.npy` file, or leaves to no file names.
+        FileExistsError: If what is there is not ours to replace.
     """
     if out is None:
         for name, spec in leaves_with_paths(specs):

@@ -42,9 +42,11 @@ class Source:
     Attributes:
         num_rows: `N`.
         specs: A tree of `jax.ShapeDtypeStruct` `[N, ...]`, dtypes as the device will have them.
-        read: `read(start, stop)` gives a tree of NumPy arrays `[stop - start, ...]` in fresh memory.
+        read: `read(start, stop)` gives NumPy arrays `[stop - start, ...]`, in fresh memory.
         take: `take(indices)` gives scattered rows, `[len(indices), ...]`; None where it cannot.
         check: Refuses values that do not fit, before any function of the user's sees the rows.
+        borrow: As `read`, without a copy of what lies in memory: right as long as nobody writes
+            there; None where some of it must be read.
         name: How messages call it.
 
     Example:
@@ -58,6 +60,7 @@ class Source:
     read: Callable[[int, int], Any]
     take: Callable[[np.ndarray], Any] | None = None
     check: Callable[[], None] = _nothing_to_check
+    borrow: Callable[[int, int], Any] | None = None
     name: str = "data"
 
 
@@ -137,20 +140,33 @@ def _combine(data: Any, argument: str, open_leaf: Callable[[str, Any], Source]) 
     def take(indices: np.ndarray) -> Any:
         return structure.unflatten([part.take(indices) for part in parts if part.take])
 
+    def borrow(start: int, stop: int) -> Any:
+        return structure.unflatten([part.borrow(start, stop) for part in parts if part.borrow])
+
     def check() -> None:
         for part in parts:
             part.check()
 
     scattered = all(part.take is not None for part in parts)
-    return Source(num_rows, specs, read, take if scattered else None, check, argument)
+    lent = all(part.borrow is not None for part in parts)
+    return Source(
+        num_rows,
+        specs,
+        read,
+        take if scattered else None,
+        check,
+        borrow if lent else None,
+        argument,
+    )
 
 
 def _expand(data: Any) -> Any:
     """Makes dictionaries of mappings that JAX does not know: HDF5 and Zarr groups, npz files."""
 
     def expand(leaf: Any) -> Any:
-        if isinstance(leaf, Mapping):
-            return {name: _expand(leaf[name]) for name in leaf}
+        named = hasattr(leaf, "keys") and not hasattr(leaf, "shape")  # A Zarr group is no Mapping.
+        if isinstance(leaf, Mapping) or named:
+            return {name: _expand(leaf[name]) for name in leaf.keys()}  # noqa: SIM118
         return leaf
 
     return jax.tree.map(expand, data, is_leaf=lambda x: isinstance(x, Source))
@@ -264,7 +280,9 @@ def _column_source(name: str, column: Column, array: Any, narrowing: str) -> Sou
 
     row_bytes = math.prod(column.shape[1:]) * column.dtype.itemsize
     specs = jax.ShapeDtypeStruct(column.shape, target)
-    return Source(num_rows, specs, read, take if column.take else None, check, name)
+    take_rows = take if column.take else None
+    borrow = column.read if column.held is not None and column.dtype == target else None
+    return Source(num_rows, specs, read, take_rows, check, borrow, name)
 
 
 def _open_resident(name: str, leaf: Any) -> Source:

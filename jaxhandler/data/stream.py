@@ -134,13 +134,14 @@ class Macrobatch(NamedTuple):
     index: Any
 
 
-def load(source: Source, visit: Visit, layout: Layout) -> Macrobatch:
+def load(source: Source, visit: Visit, layout: Layout, *, borrow: bool = False) -> Macrobatch:
     """Reads the rows of a visit and arranges them on the host; only views where nothing moves.
 
     Args:
         source: Where rows come from.
         visit: Which ones.
         layout: How the fold wants them.
+        borrow: Whether rows may be views of the caller's arrays.
 
     Returns:
         A macrobatch in host memory.
@@ -153,7 +154,8 @@ def load(source: Source, visit: Visit, layout: Layout) -> Macrobatch:
     else:
         whole = min(layout.size, source.num_rows - visit.start)
         stop = visit.start + (visit.rows if order is None else whole)
-        rows = source.read(visit.start, stop)
+        read = source.borrow if borrow and source.borrow is not None else source.read
+        rows = read(visit.start, stop)
         lies = np.arange(visit.rows) if order is None else order
         index = (visit.start + lies).astype(np.int32)
     scan = layout.scan and visit.rows == layout.size

@@ -200,9 +200,7 @@ class History(Mapping[str, np.ndarray]):
 
     def _logged(self, event: str) -> list[tuple[int, float]]:
         if event not in self._events:
-            expected = (
-                f"one of {list(self._events)}" if self._events else "an event, none is logged"
-            )
+            expected = f"one that was logged, of {list(self._events)}"
             raise KeyError(explain("event", seen=repr(event), expected=expected))
         return self._events[event]
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxhandler.data.order import Visit
-from jaxhandler.data.sinks import Sink
+from jaxhandler.data.sinks import FileSink, Sink
 from jaxhandler.data.sources import Source
 from jaxhandler.data.stream import Lane
 from jaxhandler.handlers.program import Program
@@ -127,9 +127,10 @@ def folding(
         A `Result`.
     """
     run = Run(program, step, consts, carry, source, options)
-    reader = Lane("jaxhandler-read" if options.read_ahead else None)
-    writer = Lane("jaxhandler-write" if options.read_ahead else None)
     sink: Sink = run.open_sink(out)
+    # Threads pay where something waits for a disk; rows in memory are there already.
+    reader = Lane("jaxhandler-read" if options.read_ahead and not run.borrows else None)
+    writer = Lane("jaxhandler-write" if isinstance(sink, FileSink) else None)
     bar = _open_bar(options)
     pending: deque[tuple[Visit, Callable[[], Any]]] = deque()
 

@@ -174,6 +174,7 @@ class _Terminal:
     interval = 0.1
 
     def __init__(self, console: "Console") -> None:
+        from rich.errors import LiveError
         from rich.live import Live
 
         self._console = console
@@ -181,6 +182,8 @@ class _Terminal:
         self._live = Live(_Line(STARTING, 0.0), console=console, auto_refresh=False)
         try:
             self._live.start(refresh=True)
+        except LiveError:
+            raise
         except BaseException:
             self._live.stop()
             raise

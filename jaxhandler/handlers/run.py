@@ -94,6 +94,8 @@ class Run:
         if program.donate:
             carry = jax.tree.map(_own, carry)
         self.carry = carry
+        # A carry may keep rows it has seen; sinks copy, so without one nothing outlives the run.
+        self.borrows = source.borrow is not None and not jax.tree.leaves(carry)
         self.plans = Plans(program, step, _pinned(carry))
         device = _device((self.consts, carry), self.sharding)
         self.on_cpu = device.platform == "cpu"
@@ -140,7 +142,7 @@ class Run:
 
         def read(visit: Visit) -> Macrobatch:
             with self.clock.measure("read"):
-                return load(self.source, visit, self.layout)
+                return load(self.source, visit, self.layout, borrow=self.borrows)
 
         def wait(result: Callable[[], Macrobatch]) -> Macrobatch:
             with self.clock.measure("wait"):

@@ -58,7 +58,9 @@ def test_narrowing_gives_fresh_memory_even_where_nothing_changes():
 
 
 @hypothesis.given(
-    hnp.arrays(np.int64, hnp.array_shapes(max_dims=3, max_side=4), elements=st.integers(-(2**40), 2**40))
+    hnp.arrays(
+        np.int64, hnp.array_shapes(max_dims=3, max_side=4), elements=st.integers(-(2**40), 2**40)
+    )
 )
 def test_integers_are_narrowed_exactly_or_not_at_all(array):
     fits = (np.abs(array + 0.5) < 2**31).all()

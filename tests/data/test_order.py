@@ -38,7 +38,7 @@ def batches_of(epoch):
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 @hypothesis.given(shape=SHAPES, tail=TAILS, epoch=st.integers(0, 3))
 def test_every_row_is_visited_exactly_once(shuffle, shape, tail, epoch):
-    num_rows, macrobatch, batch = shape
+    num_rows, _, batch = shape
     visited = epoch_of(*shape, tail=tail, shuffle=shuffle, key=KEY, epoch=epoch)
     rows = np.concatenate([[], *map(rows_of, visited)]).astype(int)
     assert len(set(rows.tolist())) == len(rows)
@@ -99,7 +99,9 @@ def test_without_shuffle_rows_come_as_they_lie_whatever_the_macrobatch_size(shap
 def test_blocks_visits_whole_batches_of_neighbours(shape, tail):
     num_rows, _, batch = shape
     cut = batches_of(epoch_of(*shape, tail=tail, shuffle="blocks", key=KEY))
-    blocks = [list(range(start, min(start + batch, num_rows))) for start in range(0, num_rows, batch)]
+    blocks = [
+        list(range(start, min(start + batch, num_rows))) for start in range(0, num_rows, batch)
+    ]
     if tail == "drop":
         blocks = [block for block in blocks if len(block) == batch]
     assert sorted(cut) == blocks
@@ -111,7 +113,9 @@ def test_blocks_permutes_macrobatches_and_the_batches_inside_each():
     for visit in visited:
         numbers = [number for _, number in visit.batches]
         assert numbers != sorted(numbers)
-        assert rows_of(visit).reshape(-1, 4)[:, 0].tolist() == [visit.start + 4 * n for n in numbers]
+        assert rows_of(visit).reshape(-1, 4)[:, 0].tolist() == [
+            visit.start + 4 * n for n in numbers
+        ]
 
 
 def test_rows_permutes_macrobatches_and_keeps_rows_in_theirs():
@@ -138,12 +142,23 @@ def test_macrobatches_do_not_repeat_one_anothers_order():
 
 
 @pytest.mark.parametrize("tail", ["exact", "drop"])
-def test_with_rows_the_rows_dropped_are_those_of_the_last_macrobatch_in_turn(tail):
+def test_with_global_every_row_is_dropped_in_turn(tail):
     dropped = set()
     for epoch in range(20):
         visited = epoch_of(25, 10, 10, tail=tail, shuffle="global", key=KEY, epoch=epoch)
         dropped |= set(range(25)) - {row for visit in visited for row in rows_of(visit).tolist()}
     assert len(dropped) == (25 if tail == "drop" else 0)
+
+
+@pytest.mark.parametrize("shuffle", ["blocks", "rows"])
+def test_the_order_inside_a_macrobatch_has_nothing_to_do_with_that_of_the_macrobatches(shuffle):
+    batch = 4 if shuffle == "blocks" else 1
+    visited = epoch_of(100 * batch, 10 * batch, batch, shuffle=shuffle, key=KEY)
+    outer = [visit.block for visit in visited]
+    for visit in visited:
+        inner = ((rows_of(visit) - visit.start) // batch)[::batch].tolist()
+        assert sorted(inner) == sorted(outer)
+        assert inner != outer
 
 
 # One key, one order.
@@ -183,11 +198,11 @@ def test_a_typed_key_and_its_data_give_the_same_order(shuffle):
 
 def test_the_order_is_the_same_on_every_machine_and_in_every_release():
     visited = epoch_of(7, 4, 2, shuffle="rows", key=KEY)
-    assert [rows_of(visit).tolist() for visit in visited] == [[4, 6, 5], [3, 1, 0, 2]]
+    assert [rows_of(visit).tolist() for visit in visited] == [[3, 2, 1, 0], [4, 6, 5]]
     visited = epoch_of(7, 4, 2, shuffle="blocks", key=KEY, epoch=1)
-    assert [rows_of(visit).tolist() for visit in visited] == [[4, 5, 6], [2, 3, 0, 1]]
+    assert [rows_of(visit).tolist() for visit in visited] == [[0, 1, 2, 3], [6, 4, 5]]
     visited = epoch_of(7, 4, 2, shuffle="global", key=KEY)
-    assert [rows_of(visit).tolist() for visit in visited] == [[2, 4, 0, 5], [1, 3, 6]]
+    assert [rows_of(visit).tolist() for visit in visited] == [[5, 4, 2, 6], [3, 1, 0]]
 
 
 @SHUFFLED

@@ -56,7 +56,9 @@ def outputs_in_pieces(draw):
     axis = draw(st.integers(0, 1))
     rows, members = draw(st.integers(0, 12)), draw(st.integers(1, 3))
     lead = (members,) * axis + (rows,)
-    shapes = draw(st.lists(st.lists(st.integers(0, 3), max_size=2).map(tuple), min_size=1, max_size=3))
+    shapes = draw(
+        st.lists(st.lists(st.integers(0, 3), max_size=2).map(tuple), min_size=1, max_size=3)
+    )
     dtypes = [np.float32, np.int32, np.bool_, np.complex64, np.float16]
     rng = np.random.default_rng(0)
     tree = {
@@ -86,7 +88,9 @@ def test_outputs_come_back_from_host_memory(case, make):
     sink = open_sink(None, specs_of(tree), row_axis=axis)
     result = write_in_pieces(sink, tree, axis, writes, make)
     jax.tree.map(np.testing.assert_array_equal, result, tree)
-    assert jax.tree.map(lambda leaf: leaf.dtype, result) == jax.tree.map(lambda leaf: leaf.dtype, tree)
+    assert jax.tree.map(lambda leaf: leaf.dtype, result) == jax.tree.map(
+        lambda leaf: leaf.dtype, tree
+    )
 
 
 @hypothesis.given(case=outputs_in_pieces(), make=st.sampled_from([np.asarray, jnp.asarray]))
@@ -596,7 +600,8 @@ def test_a_small_disk_that_is_full_is_an_error_and_no_signal(out, tmp_path):
         pytest.skip("may mount nothing here")
     code = """
         import errno, subprocess
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", path.parent], check=True)
+        mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", path.parent]
+        subprocess.run(mount, check=True)
         try:
             open_sink(path, jax.ShapeDtypeStruct((100_000, 8), np.float32))
         except OSError as error:

@@ -102,7 +102,11 @@ def test_auto_takes_what_the_device_has_free():
         (True, TypeError, r"macrobatch_size: saw True \(bool\)"),
         (1e4, TypeError, r"macrobatch_size: saw 10000.0 \(float\)"),
         (None, TypeError, "macrobatch_size: saw None"),
-        ("large", ValueError, "macrobatch_size: saw 'large', expected a number of rows or \"auto\""),
+        (
+            "large",
+            ValueError,
+            "macrobatch_size: saw 'large', expected a number of rows or \"auto\"",
+        ),
     ],
 )
 def test_a_size_that_makes_no_sense_is_refused(size, error, match):

@@ -51,7 +51,7 @@ def test_history_of_a_training(reads):
     history = callbacks.History()
     log = callbacks.log_to(history)
     _, info = tr.train_from_host(
-        state, DATA, epochs=2, macrobatch_size=10, on_macrobatch_finish=log
+        state, DATA, shuffle=None, epochs=2, macrobatch_size=10, on_macrobatch_finish=log
     )
     assert list(history) == ["loss", "rows_per_second"]
     assert history.steps("loss").tolist() == [10, 20, 25, 35, 45, 50]
@@ -67,7 +67,7 @@ def test_history_of_batches_over_several_runs():
     tr, state = make_trainer(on_batch_finish=callbacks.log_to(history))
     losses = []
     for _ in range(3):
-        state, info = tr.train_from_host(state, DATA, macrobatch_size=10)
+        state, info = tr.train_from_host(state, DATA, shuffle=None, macrobatch_size=10)
         losses.extend(info.losses)
     assert history.steps("loss").tolist() == list(range(5, 76, 5))
     np.testing.assert_allclose(history["loss"], losses, rtol=1e-6)
@@ -97,7 +97,7 @@ def test_every_reads_nothing_in_between(reads):
     history = callbacks.History()
     log = callbacks.log_to(history, every=4, prefix="train/")
     tr, state = make_trainer(on_batch_finish=log)
-    tr.train_from_host(state, DATA, epochs=2, macrobatch_size=10)
+    tr.train_from_host(state, DATA, epochs=2, shuffle=None, macrobatch_size=10)
     assert history.steps("train/loss").tolist() == [5, 25, 45]
     assert reads["metrics"] == 3
 
@@ -154,7 +154,7 @@ def test_history_is_a_mapping():
     assert "loss" in history
     assert "error" not in history
     assert history.get("error") is None
-    with pytest.raises(KeyError, match=r"saw 'error', expected one that was logged: \['loss'\]"):
+    with pytest.raises(KeyError, match="saw 'error', expected one that was logged"):
         history.steps("error")
     history["loss"][0] = 9.0  # A copy: the history itself is safe.
     assert history["loss"].tolist() == [0.5]
