@@ -114,7 +114,7 @@ def npy_column(name: str, path: Path) -> Column:
 
     def read(start: int, stop: int) -> np.ndarray:
         rows = aligned_empty((stop - start, *row_shape), dtype)
-        view = memoryview(rows.reshape(-1).view(np.uint8))
+        view = rows.reshape(-1).view(np.uint8).data
         position = offset + start * row_bytes
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -26,6 +26,7 @@ class Visit(NamedTuple):
             `start`, or from the data's first row under global shuffle.
         batches: Size and block number of each batch in the order visited; the number is None where
             rows are shuffled.
+        before: Rows of the epoch visited before it.
     """
 
     epoch: int
@@ -35,6 +36,7 @@ class Visit(NamedTuple):
     rows: int
     order: np.ndarray | None
     batches: tuple[tuple[int, int | None], ...]
+    before: int = 0
 
 
 def macrobatch_rows(macrobatch_size: int, batch_size: int) -> int:
@@ -106,10 +108,11 @@ def visits(
         for position, start in enumerate(range(0, visited, size)):
             order = everything[start : min(start + size, visited)]
             batches = tuple((count, None) for count in _cut(len(order), batch_size))
-            yield Visit(epoch, position, None, 0, len(order), order, batches)
+            yield Visit(epoch, position, None, 0, len(order), order, batches, start)
         return
     if shuffle is not None:
         starts = _generator(key, epoch, 0).permutation(starts)
+    before = 0
     for position, start in enumerate(map(int, starts)):
         whole = min(size, num_rows - start)
         rows = min(whole, visited - start)
@@ -124,7 +127,8 @@ def visits(
             batches = tuple((counts[number], int(number)) for number in numbers)
             pieces = [number * batch_size + np.arange(counts[number]) for number in numbers]
             order = np.concatenate(pieces)
-        yield Visit(epoch, position, block, start, rows, order, batches)
+        yield Visit(epoch, position, block, start, rows, order, batches, before)
+        before += rows
 
 
 def _visited(num_rows: int, batch_size: int, tail: str) -> int:

@@ -247,7 +247,7 @@ class Run:
             macrobatch_index=visit.block,
             batch_index=visit.batches[batch - 1][1] if batch else None,
             macrobatch_rows=visit.rows,
-            rows=min(visit.position * self.size + done, self.num_rows),
+            rows=visit.before + done,
             num_rows=self.num_rows,
             seconds=time.perf_counter() - self.clock.start,
             live={"metrics": metrics, "report": self.report, "state": carry},

@@ -238,6 +238,25 @@ def test_block_numbers_tell_where_a_shuffled_batch_lies():
     assert {macro for macro, _ in seen} == {None}
 
 
+@pytest.mark.parametrize("shuffle", [None, "blocks", "rows", "global"])
+def test_rows_are_counted_right_where_the_short_macrobatch_comes_early(shuffle):
+    counts = []
+    visit = jh.handler(lambda c, x: (c, x), batch_size=5)
+    for seed in range(4):
+        visit.handle_from_host(
+            (),
+            DATA[:25],
+            macrobatch_size=10,
+            shuffle=shuffle,
+            key=jax.random.key(seed),
+            on_macrobatch_finish=lambda p: counts.append((p.rows, p.macrobatch_rows)),
+        )
+    total = 0
+    for rows, macrobatch_rows in counts:
+        total = (0 if total == 25 else total) + macrobatch_rows
+        assert rows == total
+
+
 def test_the_state_of_a_progress_is_valid_until_the_callback_returns():
     kept = []
 
