@@ -201,7 +201,10 @@ def _context() -> Hashable:
         config.jax_default_matmul_precision,
         config.jax_numpy_dtype_promotion,
         config.jax_default_device,
+        config.jax_default_prng_impl,
+        config.jax_threefry_partitionable,
         config.jax_debug_nans,
+        config.jax_debug_infs,
         config.jax_disable_jit,
         jax.sharding.get_abstract_mesh(),
     )

@@ -23,7 +23,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 
 @pytest.mark.parametrize("command", COMMANDS[:2])
 def test_command_stands_alone(command: str) -> None:
-    """Set-up and work in one line that a shell at the root can run, of extras and files there are."""
+    """Set-up and work in one line that a shell at the root can run, of what there is."""
     subprocess.run(["bash", "-n", "-c", command], check=True)
     install, work = command.split(" && ")
     assert not command.endswith("\\")

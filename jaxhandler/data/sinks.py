@@ -181,6 +181,7 @@ class FileSink:
             partial.mkdir()
         leaves = jax.tree.leaves(specs)
         rows = leaves[0].shape[row_axis]
+        self._missing = rows
         self._manifest = {"kind": "rows", "rows": rows, "row_axis": row_axis}
         unfinished = {**self._manifest, "complete": False}
         files.write_manifest(files.manifest_of(partial), unfinished)
@@ -194,11 +195,14 @@ class FileSink:
             raise
 
     def write(self, start: int, pieces: list[Any]) -> None:
+        self._missing -= sum(jax.tree.leaves(piece)[0].shape[self._axis] for piece in pieces)
+        self._check(self._missing >= 0)
         columns = zip(*(jax.tree.leaves(piece) for piece in pieces), strict=True)
         for writer, arrays in zip(self._columns.values(), columns, strict=True):
             writer.write(start, [np.ascontiguousarray(array) for array in arrays])
 
     def finish(self) -> Any:
+        self._check(self._missing == 0)
         entries = {name: writer.finish() for name, writer in self._columns.items()}
         files.publish(self._path, {**self._manifest, "files": entries})
         return open_source(self._path)
@@ -206,6 +210,12 @@ class FileSink:
     def abort(self) -> None:
         for writer in self._columns.values():
             writer.close()
+
+    def _check(self, fits: bool) -> None:
+        if not fits:
+            rows = self._manifest["rows"]
+            seen = f"{rows - self._missing} rows written"
+            raise ValueError(explain(str(self._path), seen=seen, expected=f"{rows} as promised"))
 
 
 class _NpyWriter:

@@ -614,3 +614,17 @@ def test_a_small_disk_that_is_full_is_an_error_and_no_signal(out, tmp_path):
     python.chmod(0o755)
     report = run_child(code, tmp_path / out, executable=str(python))
     assert report.split() == ["ENOSPC", "room", "again"]
+
+
+def test_rows_that_are_missing_or_too_many_never_make_a_complete_output(tmp_path):
+    specs = jax.ShapeDtypeStruct((5, 2), np.float32)
+    short = open_sink(tmp_path / "short.npy", specs)
+    short.write(0, [np.zeros((3, 2), np.float32)])
+    with pytest.raises(ValueError, match=r"short.npy: saw 3 rows written, expected 5"):
+        short.finish()
+    short.abort()
+    long = open_sink(tmp_path / "long.npy", specs)
+    with pytest.raises(ValueError, match=r"long.npy: saw 6 rows written, expected 5"):
+        long.write(0, [np.zeros((6, 2), np.float32)])
+    long.abort()
+    assert not (tmp_path / "short.npy").exists()
