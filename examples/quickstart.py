@@ -43,7 +43,7 @@ labels = labels.astype(np.int32)
 train_images, test_images, train_labels, test_labels = train_test_split(
     images, labels, test_size=0.25, stratify=labels, random_state=0
 )
-test = {"x": test_images[..., None], "y": test_labels}
+test = {"x": np.expand_dims(test_images, -1), "y": test_labels}
 print(f"{len(train_labels)} digits to train on, {len(test_labels)} held out")
 
 # %% [markdown]

@@ -1,0 +1,48 @@
+"""The examples run as they are, as a newcomer runs them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, folder: Path, **environment: str) -> str:
+    """Runs an example in a folder of its own, and gives what it prints."""
+    result = subprocess.run(
+        [sys.executable, ROOT / "examples" / script],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def accuracy_in(text: str) -> float:
+    found = re.search(r"accuracy (\d+\.\d+)%", text)
+    assert found, text
+    return float(found[1])
+
+
+def test_the_quickstart_runs_on_a_few_rows_and_cleans_up(tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    printed = run("quickstart.py", folder, QUICKSTART_ROWS="40000", TMPDIR=str(scratch))
+    assert accuracy_in(printed) >= 90
+    assert "bound by" in printed
+    assert [path.name for path in folder.iterdir()] == ["quickstart.png"]
+    assert not list(scratch.glob("jaxhandler-*"))
+
+
+@pytest.mark.slow
+def test_the_quickstart_reads_97_of_100_held_out_digits(tmp_path: Path) -> None:
+    assert accuracy_in(run("quickstart.py", tmp_path)) >= 97
