@@ -85,6 +85,9 @@ def test_ctrl_c_surfaces_within_seconds_and_leaves_no_thread(kind, tmp_path):
         import threading, time, sys, signal, os
         import jax, numpy as np, jax.numpy as jnp, optax, jaxhandler as jh
 
+        # A suite that runs in the background of a shell hands down that Ctrl-C is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
         class Slow:
             shape, dtype = (10**6, 8), np.dtype(np.float32)
             def __getitem__(self, rows):
@@ -114,11 +117,14 @@ def test_ctrl_c_surfaces_within_seconds_and_leaves_no_thread(kind, tmp_path):
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    start = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=30)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert rest == "interrupted ['MainThread']\n"
     assert time.monotonic() - start < 5
 
