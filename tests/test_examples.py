@@ -36,8 +36,9 @@ def test_the_quickstart_runs_on_a_few_rows_and_cleans_up(tmp_path: Path) -> None
     folder.mkdir()
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    printed = run("quickstart.py", folder, QUICKSTART_ROWS="40000", TMPDIR=str(scratch))
-    assert accuracy_in(printed) >= 90
+    # Of four seeds the worst read 98.0 % after this many rows; after 40,000 one missed the bar.
+    printed = run("quickstart.py", folder, QUICKSTART_ROWS="60000", TMPDIR=str(scratch))
+    assert accuracy_in(printed) >= 97
     assert "bound by" in printed
     assert [path.name for path in folder.iterdir()] == ["quickstart.png"]
     assert not list(scratch.glob("jaxhandler-*"))

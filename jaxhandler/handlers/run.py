@@ -1,6 +1,7 @@
 """One run of a handler: what it resolves before it begins, and its stages."""
 
 import gc
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from jaxhandler.handlers.steps import Plans, trace_step
 from jaxhandler.typing import Callback, Placement, Progress, RunReport, Step
 
 __all__ = ["Options", "Outputs", "Run"]
+
+_WORTH_COLLECTING = 2**18
 
 
 class Options(NamedTuple):
@@ -103,6 +106,7 @@ class Run:
         if program.outputs == "rows":
             per_row += row_bytes(self.traced.out, row_axis=program.row_axis)
         self.size = resolve_macrobatch(options.macrobatch_size, size, num_rows, per_row, device)
+        self.bytes = min(self.size, num_rows) * per_row
         self.mode = program.mode
         if self.mode == "auto":
             slow = self.traced.convolves and self.on_cpu
@@ -198,10 +202,13 @@ class Run:
         """Frees the rows of macrobatches that are done.
 
         On CPU XLA borrows NumPy's memory, and gives it back only when Python collects garbage: a
-        collection of the youngest objects, some microseconds, is enough.
+        collection of the youngest objects is enough. Python drops a Ctrl-C that comes in the
+        middle of one, but only ever interrupts the main thread; hence another.
         """
-        if self.on_cpu:
-            gc.collect(0)
+        if self.on_cpu and self.bytes >= _WORTH_COLLECTING:
+            collector = threading.Thread(target=gc.collect, args=(0,), name="jaxhandler-collect")
+            collector.start()
+            collector.join()
 
     def end_epoch(self, visit: Visit) -> None:
         """Turns the carry to the next epoch after the last macrobatch of one."""
