@@ -25,6 +25,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks.common import arguments, best_of, interleaved, median, ratio, report, spread
@@ -43,8 +44,12 @@ _TASKS: dict[str, Callable[[Peer], Any]] = {
 }
 
 
+_compiled: list[str] = []
+
+
 def main() -> None:
     """Runs the benchmark."""
+    jax.monitoring.register_event_duration_secs_listener(_note_compile)
     parser = arguments(__doc__, rounds=15)
     parser.add_argument("--model", choices=[model.name for model in MODELS], help="only this one")
     parser.add_argument("--task", choices=list(_TASKS), help="only this one")
@@ -58,7 +63,17 @@ def main() -> None:
                 if options.task in (None, name):
                     rows.append(_row(task, name, rounds))
                     print(f"{model.name} {name} done", file=sys.stderr, flush=True)
-    report("epoch", rows, options, columns=_COLUMNS)
+    compiles = sum(row["compiles while timed"] for row in rows)
+    notes = [
+        "bars: device/best at most 1.05, device/keras and host/keras below 1",
+        f"compilations while timed, all peers: {compiles}",
+    ]
+    report("epoch", rows, options, columns=_COLUMNS, notes=notes)
+
+
+def _note_compile(event: str, duration: float, **_: Any) -> None:
+    if event.endswith("backend_compile_duration"):
+        _compiled.append(event)
 
 
 def _row(task: Task, name: str, rounds: int) -> dict[str, Any]:
@@ -69,6 +84,7 @@ def _row(task: Task, name: str, rounds: int) -> dict[str, Any]:
     for made in peers.values():
         _TASKS[name](made)
     runs = {peer: functools.partial(_TASKS[name], made) for peer, made in peers.items()}
+    _compiled.clear()
     times = interleaved(runs, rounds)
     best = best_of(times, list(HAND))
     bases = {"device/best": ("device", best), "host/loop": ("host", "loop")}
@@ -78,6 +94,7 @@ def _row(task: Task, name: str, rounds: int) -> dict[str, Any]:
         "task": name,
         "rows": len(task.x),
         "batch_size": task.batch_size,
+        "compiles while timed": len(_compiled),
         "best": best,
         **{f"{peer} ms": 1e3 * median(times, peer) for peer in peers},
         **{column: ratio(times, *pair) for column, pair in bases.items()},

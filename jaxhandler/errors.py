@@ -1,10 +1,12 @@
 """One form for every message: what was given, what was seen, what was expected, what to do."""
 
+import inspect
 import operator
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["NonFiniteError", "check_choice", "check_count", "explain"]
+__all__ = ["NonFiniteError", "a_type", "check_choice", "check_count", "explain", "warn"]
 
 
 class NonFiniteError(FloatingPointError):
@@ -87,3 +89,34 @@ def check_choice(argument: str, value: object, choices: Sequence[object]) -> Non
     ):
         expected = "one of " + ", ".join(repr(choice) for choice in choices)
         raise ValueError(explain(argument, seen=repr(value), expected=expected))
+
+
+def a_type(value: object) -> str:
+    """Returns the type of `value` as a sentence names it.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        An article and a name.
+
+    Example:
+        >>> a_type(3), a_type("text")
+        ('an int', 'a str')
+    """
+    name = {"ArrayImpl": "JAX array", "ndarray": "NumPy array"}.get(
+        type(value).__name__, type(value).__name__
+    )
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def warn(text: str) -> None:
+    """Warns at the line of the caller's that led here, outside this package and JAX.
+
+    Args:
+        text: What `explain` made.
+    """
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("jax"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxhandler.errors import check_count, explain
+from jaxhandler.errors import a_type, check_count, explain
 
 __all__ = ["data_size", "leaves_with_paths", "map_data", "slice_data"]
 
@@ -60,7 +60,7 @@ def data_size(data: Any, *, argument: str = "data") -> int:
     for path, leaf in leaves:
         shape = getattr(leaf, "shape", None)
         if shape is None:
-            seen = f"a {type(leaf).__name__} without a shape{_ragged(data)}"
+            seen = f"{a_type(leaf)} without a shape{_ragged(data)}"
             fix = "Make one array of the rows first, with np.asarray(...)."
             text = explain(argument, path=path, seen=seen, expected="an array [N, ...]", fix=fix)
             raise TypeError(text)

@@ -8,6 +8,8 @@ import jax
 
 __all__ = ["Batch", "Callback", "Mean", "Placement", "Progress", "RunReport", "Step"]
 
+_STAGES = ("compute", "read", "transfer", "write", "compile")
+
 Placement: TypeAlias = jax.sharding.Sharding | jax.sharding.PartitionSpec | None
 
 
@@ -65,7 +67,7 @@ class RunReport:
     """Where the time of a run went, and what bounds it.
 
     Reading, transfer, compute and writing overlap, so their sum may exceed `total`; the largest of
-    the four bounds the run.
+    them, or compiling, bounds the run.
 
     Attributes:
         read: Seconds reading rows from the source.
@@ -76,6 +78,7 @@ class RunReport:
         total: Seconds from start to end.
         rows: Rows visited.
         compiles: Plans compiled during the run.
+        compile: Seconds compiling them, and tracing the step.
         macrobatch_size: Rows of a whole macrobatch, "auto" resolved.
         mode: "scan" or "loop", "auto" resolved.
 
@@ -94,13 +97,14 @@ class RunReport:
     total: float = 0.0
     rows: int = 0
     compiles: int = 0
+    compile: float = 0.0
     macrobatch_size: int = 0
     mode: str = ""
 
     @property
     def bound_by(self) -> str:
-        """The stage that took longest: "read", "transfer", "compute" or "write"."""
-        return max(("compute", "read", "transfer", "write"), key=lambda name: getattr(self, name))
+        """What took longest: "read", "transfer", "compute", "write" or "compile"."""
+        return max(_STAGES, key=lambda name: getattr(self, name))
 
     @property
     def rows_per_second(self) -> float:

@@ -119,7 +119,7 @@ def test_a_scalar_leaf_is_named():
 
 @pytest.mark.parametrize("number", [3, 2.5, True, 1j], ids=repr)
 def test_a_python_number_is_named(number):
-    match = rf"data\['k'\]\[0\]: saw a {type(number).__name__} without a shape"
+    match = rf"data\['k'\]\[0\]: saw an? {type(number).__name__} without a shape"
     with pytest.raises(TypeError, match=match):
         jh.data_size({"k": [number], "x": np.zeros(5)})
 
@@ -132,7 +132,7 @@ def test_a_python_number_is_named(number):
         ([[1, 2], 3], r"row 1 has no entries where row 0 has 2"),
         ({"x": [(1, 2), (3,)]}, r"row 1 has 1 entries where row 0 has 2"),
         (([[1, 2], [3]], [0, 1]), r"row 1 has 1 entries where row 0 has 2"),
-        (([[1, 2], [3, 4]], [0, 1, 1]), r"saw a int without a shape, expected"),
+        (([[1, 2], [3, 4]], [0, 1, 1]), r"saw an int without a shape, expected"),
     ],
     ids=str,
 )

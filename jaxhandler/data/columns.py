@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxhandler.data.dtypes import aligned_empty
-from jaxhandler.errors import explain
+from jaxhandler.errors import a_type, explain
 
 __all__ = ["Column", "array_column", "npy_column", "slicing_column"]
 
@@ -154,7 +154,7 @@ def slicing_column(name: str, array: Any) -> Column:
     try:
         shape, dtype = tuple(map(int, array.shape)), np.dtype(array.dtype)
     except TypeError as error:
-        seen = f"a {type(array).__name__} of dtype {array.dtype}"
+        seen = f"{a_type(array)} of dtype {array.dtype}"
         fix = "Pass np.asarray(...)."
         raise TypeError(explain(name, seen=seen, expected="a NumPy dtype", fix=fix)) from error
 

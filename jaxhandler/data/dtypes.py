@@ -1,12 +1,11 @@
 """Which dtypes rows may have, and what happens to the wide ones JAX would narrow silently."""
 
-import warnings
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxhandler.errors import check_choice, explain
+from jaxhandler.errors import check_choice, explain, warn
 
 __all__ = ["aligned_copy", "aligned_empty", "check_dtype", "check_fits", "narrow"]
 
@@ -69,7 +68,7 @@ def check_dtype(name: str, array: Any, narrowing: str = "warn") -> np.dtype:
         text = explain(name, seen=str(dtype), expected=str(target), fix=fix)
         if narrowing == "raise":
             raise TypeError(text)
-        warnings.warn(f"{text} It is narrowed.", stacklevel=2)
+        warn(f"{text} It is narrowed.")
     return target
 
 

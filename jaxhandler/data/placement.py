@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jaxhandler.errors import explain
+from jaxhandler.errors import a_type, explain
 from jaxhandler.typing import Placement
 
 __all__ = ["place_rows", "replicate_like", "resolve_sharding"]
@@ -37,7 +37,7 @@ def resolve_sharding(sharding: Placement) -> Sharding | None:
             raise ValueError(text)
         return NamedSharding(mesh, sharding)
     expected = "None, a NamedSharding, a SingleDeviceSharding or a PartitionSpec"
-    raise TypeError(explain("sharding", seen=f"a {type(sharding).__name__}", expected=expected))
+    raise TypeError(explain("sharding", seen=a_type(sharding), expected=expected))
 
 
 def place_rows(tree: Any, sharding: Sharding | None, *, leading: int = 0) -> Any:

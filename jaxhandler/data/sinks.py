@@ -13,7 +13,7 @@ import numpy as np
 from jaxhandler import files
 from jaxhandler.data.dtypes import aligned_empty
 from jaxhandler.data.sources import open_source
-from jaxhandler.errors import explain
+from jaxhandler.errors import a_type, explain
 from jaxhandler.trees import leaves_with_paths
 
 __all__ = ["BlockSink", "DeviceSink", "FileSink", "HostSink", "Sink", "check_sink", "open_sink"]
@@ -82,7 +82,7 @@ def check_sink(out: Any) -> None:
     if out is None:
         return
     if not isinstance(out, str | os.PathLike):
-        seen = f"a {type(out).__name__}"
+        seen = a_type(out)
         raise TypeError(explain("out", seen=seen, expected="a path, or None for arrays in memory"))
     path = Path(out)
     if path.suffix not in ("", ".npy"):

@@ -2,7 +2,6 @@
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from jaxhandler.data.columns import (
     slicing_column,
 )
 from jaxhandler.data.dtypes import check_dtype, check_fits, narrow
-from jaxhandler.errors import explain
+from jaxhandler.errors import a_type, explain, warn
 from jaxhandler.trees import data_size, leaves_with_paths
 
 __all__ = ["Source", "open_source", "resident_source"]
@@ -53,6 +52,8 @@ class Source:
         >>> source = open_source({"x": np.zeros((5, 2), np.float32)})
         >>> source.num_rows, source.specs["x"].shape, source.read(3, 5)["x"].shape
         (5, (5, 2), (2, 2))
+        >>> source
+        Source(5 rows, ['x'] float32[N, 2])
     """
 
     num_rows: int
@@ -62,6 +63,12 @@ class Source:
     check: Callable[[], None] = _nothing_to_check
     borrow: Callable[[int, int], Any] | None = None
     name: str = "data"
+
+    def __repr__(self) -> str:
+        describe = lambda spec: f"{spec.dtype}[{', '.join(map(str, ('N', *spec.shape[1:])))}]"  # noqa: E731
+        leaves = leaves_with_paths(self.specs)
+        columns = ", ".join(f"{path} {describe(spec)}".strip() for path, spec in leaves)
+        return f"Source({self.num_rows:,} rows, {columns})"
 
 
 def open_source(data: Any, *, narrowing: str = "warn", argument: str = "data") -> Source:
@@ -184,7 +191,7 @@ def _open_leaf(name: str, leaf: Any, narrowing: str, *, argument: str) -> Source
         return _column_source(name, array_column(name, leaf), leaf, narrowing)
     if all(hasattr(leaf, part) for part in ("shape", "dtype", "__getitem__")):
         return _column_source(name, slicing_column(name, leaf), leaf, narrowing)
-    seen = f"a {type(leaf).__name__}"
+    seen = a_type(leaf)
     expected = "an array, a path, or an object with shape, dtype and slicing"
     fix = "Register own containers with jax.tree_util.register_dataclass, or pass np.asarray(...)."
     raise TypeError(explain(name, seen=seen, expected=expected, fix=fix))
@@ -219,10 +226,9 @@ def _check_complete(path: Path) -> None:
         elif path.exists():
             _check_sizes(path, manifest or {})
             if partial.exists():
-                warnings.warn(
+                warn(
                     f"{path} is the whole output of an earlier run; a later run was interrupted "
-                    f"and left {partial.name}. Run it again, or delete that.",
-                    stacklevel=2,
+                    f"and left {partial.name}. Run it again, or delete that."
                 )
             return
     if not unfinished.exists():
@@ -287,7 +293,7 @@ def _column_source(name: str, column: Column, array: Any, narrowing: str) -> Sou
 
 def _open_resident(name: str, leaf: Any) -> Source:
     if not isinstance(leaf, jax.Array | np.ndarray):
-        seen = f"a {type(leaf).__name__}"
+        seen = a_type(leaf)
         fix = "Use the function that ends in _from_host for files and other sources."
         text = explain(name, seen=seen, expected="a JAX or NumPy array", fix=fix)
         raise TypeError(text)

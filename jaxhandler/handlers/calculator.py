@@ -72,7 +72,8 @@ class Calculator(Handler):
             params: The parameters, any pytree; read only, never donated.
             data: What `jh.open_source` takes.
             out: None for NumPy arrays; or a path, of a `.npy` file for a single output, of a folder
-                (one `.npy` file per leaf) for a tree. It appears when the last row is on disk.
+                (one `.npy` file per leaf) for a tree. It appears when the last row is on disk, and
+                a small manifest with its digest beside or inside it.
             macrobatch_size: Rows on the device at once, rounded down to whole batches, or "auto".
             on_macrobatch_start: Called with a `Progress` before each macrobatch.
             on_macrobatch_finish: Called with a `Progress` once its batches are under way.

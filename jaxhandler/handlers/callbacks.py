@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxhandler.errors import check_count, explain
+from jaxhandler.errors import a_type, check_count, explain
 from jaxhandler.handlers.loggers import CSVLogger as CSVLogger
 from jaxhandler.handlers.loggers import History as History
 from jaxhandler.handlers.loggers import JSONLLogger as JSONLLogger
@@ -113,7 +113,7 @@ def chain(*callbacks: Callback) -> Callback:
     """
     for place, callback in enumerate(callbacks):
         if not callable(callback):
-            seen = f"a {type(callback).__name__}"
+            seen = a_type(callback)
             text = explain(f"callbacks[{place}]", seen=seen, expected="a function of one Progress")
             raise TypeError(text)
 

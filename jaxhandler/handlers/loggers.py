@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
-from jaxhandler.errors import explain
+from jaxhandler.errors import a_type, explain
 
 __all__ = ["CSVLogger", "History", "JSONLLogger", "ScalarLogger", "TensorBoardLogger"]
 
@@ -213,7 +213,7 @@ class TensorBoardLogger:
         if not callable(add):
             expected = "an object with add_scalar(tag, value, step) or scalar(tag, value, step)"
             fix = "Pass torch.utils.tensorboard.SummaryWriter(folder), for instance."
-            seen = f"a {type(writer).__name__}"
+            seen = a_type(writer)
             raise TypeError(explain("writer", seen=seen, expected=expected, fix=fix))
         self._add = add
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhandler.errors import explain
+from jaxhandler.errors import a_type, explain
 from jaxhandler.typing import Mean
 
 __all__ = ["as_mean", "merged"]
@@ -38,7 +38,7 @@ def as_mean(value: Any, mask: jax.Array, *, name: str, pad: bool) -> Mean:
         )
     expected = "one value per row [B], a scalar mean of the batch, or a jh.Mean"
     if not hasattr(value, "shape"):
-        raise TypeError(explain(name, seen=f"a {type(value).__name__}", expected=expected))
+        raise TypeError(explain(name, seen=a_type(value), expected=expected))
     rows = mask.shape[0]
     value = _widened(value)
     if value.shape == ():

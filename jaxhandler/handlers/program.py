@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxhandler.errors import check_choice, check_count, explain
+from jaxhandler.errors import a_type, check_choice, check_count, explain
 from jaxhandler.plans import PlanCache
 from jaxhandler.typing import Callback, Step
 
@@ -81,12 +81,12 @@ def check_builder(
         ValueError: If an argument has a value that makes no sense.
     """
     if not callable(fn):
-        raise TypeError(explain(name, seen=f"a {type(fn).__name__}", expected="a function"))
+        raise TypeError(explain(name, seen=a_type(fn), expected="a function"))
     check_choice("tail", tail, TAILS)
     check_choice("mode", mode, MODES)
     if on_batch_finish is not None:
         if not callable(on_batch_finish):
-            seen = f"a {type(on_batch_finish).__name__}"
+            seen = a_type(on_batch_finish)
             raise TypeError(explain("on_batch_finish", seen=seen, expected="a function"))
         if mode == "scan":
             fix = 'Use mode="auto" or "loop": a scan runs all batches of a macrobatch as one.'
@@ -94,6 +94,6 @@ def check_builder(
                 explain("on_batch_finish", seen='mode="scan"', expected="a loop", fix=fix)
             )
     if plans is not None and not isinstance(plans, PlanCache):
-        seen = f"a {type(plans).__name__}"
+        seen = a_type(plans)
         raise TypeError(explain("plans", seen=seen, expected="a jh.PlanCache, or None"))
     return check_count("batch_size", batch_size)

@@ -16,7 +16,7 @@ from jaxhandler.data.sinks import BlockSink, Sink, open_sink
 from jaxhandler.data.sizing import resolve_macrobatch, row_bytes
 from jaxhandler.data.sources import Source
 from jaxhandler.data.stream import Clock, Lane, Layout, Macrobatch, load, place, read_ahead
-from jaxhandler.errors import check_count, explain
+from jaxhandler.errors import a_type, check_count, explain
 from jaxhandler.handlers.outputs import joined_specs, output_pieces
 from jaxhandler.handlers.program import Program
 from jaxhandler.handlers.steps import Plans, trace_step
@@ -80,7 +80,7 @@ class Run:
         _check_options(options, source)
         self.clock = Clock()
         self.program, self.source, self.options = program, source, options
-        self.compiled = program.plans.stats().compiles
+        self.compiled = program.plans.stats(), program.traces.stats()
         self.rows = 0
         self.ready = 0.0
         if program.tail == "drop" and 0 < source.num_rows < program.batch_size:
@@ -262,11 +262,15 @@ class Run:
 
     def report(self) -> RunReport:
         """Says where the time went so far."""
+        plans, traces = self.program.plans.stats(), self.program.traces.stats()
+        plans_before, traces_before = self.compiled
+        tracing = traces.compile_seconds - traces_before.compile_seconds
         return RunReport(
             **self.clock.seconds,
             total=time.perf_counter() - self.clock.start,
             rows=self.rows,
-            compiles=self.program.plans.stats().compiles - self.compiled,
+            compiles=plans.compiles - plans_before.compiles,
+            compile=plans.compile_seconds - plans_before.compile_seconds + tracing,
             macrobatch_size=self.size,
             mode=self.mode,
         )
@@ -279,7 +283,7 @@ def _check_options(options: Options, source: Source) -> None:
     for name in ("on_macrobatch_start", "on_macrobatch_finish"):
         callback = getattr(options, name)
         if callback is not None and not callable(callback):
-            seen = f"a {type(callback).__name__}"
+            seen = a_type(callback)
             raise TypeError(explain(name, seen=seen, expected="a function of one Progress"))
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhandler.errors import explain
+from jaxhandler.errors import a_type, explain
 from jaxhandler.handlers.program import Program
 from jaxhandler.plans import compile_plan, signature
 from jaxhandler.trees import leaves_with_paths
@@ -57,9 +57,15 @@ def trace_step(
         index = jax.ShapeDtypeStruct((rows,), np.int32)
         scalar = jax.ShapeDtypeStruct((), np.int32)
         # A fresh function, lest jit's own cache keep the trace after ours has dropped it.
-        traced = jax.jit(lambda *args: _batch(step, *args)).trace(
-            consts, carry, data, index, scalar, scalar if program.tail == "pad" else None
-        )
+        count = scalar if program.tail == "pad" else None
+        try:
+            traced = jax.jit(lambda *args: _batch(step, *args)).trace(
+                consts, carry, data, index, scalar, count
+            )
+        except Exception as error:
+            shapes = ", ".join(f"data{path} {_describe(x)}" for path, x in leaves_with_paths(data))
+            error.add_note(f"This came while tracing your function on a batch of {shapes}.")
+            raise
         after, out = traced.out_info
         _check_carry(carry, after)
         if program.outputs is not None:
@@ -137,7 +143,7 @@ def _named(step: Step, consts: Any, carry: Any, batch: Batch) -> tuple[Any, Any]
     with jax.named_scope("jaxhandler_step"):
         result = step(consts, carry, batch)
     if not isinstance(result, tuple) or len(result) != 2:
-        seen = f"a {type(result).__name__}"
+        seen = a_type(result)
         fix = "Return a pair, the carry first; an empty tuple stands for nothing."
         raise TypeError(explain("step_fn", seen=seen, expected="(carry, out)", fix=fix))
     return result

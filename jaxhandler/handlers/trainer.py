@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from jaxhandler.data.sources import Source, open_source, resident_source
-from jaxhandler.errors import check_choice, check_count, explain
+from jaxhandler.errors import a_type, check_choice, check_count, explain
 from jaxhandler.handlers.finite import FiniteCheck
 from jaxhandler.handlers.fold import consume, folding
 from jaxhandler.handlers.handler import RESIDENT, Handler
@@ -168,7 +168,7 @@ class Trainer(Handler):
     ) -> tuple[TrainState, TrainInfo]:
         if not isinstance(state, TrainState):
             fix = "Make it with trainer.init(params, key=...)."
-            seen = f"a {type(state).__name__}"
+            seen = a_type(state)
             raise TypeError(explain("state", seen=seen, expected="a TrainState", fix=fix))
         check_rows(source)
         epoch = int(np.ravel(np.asarray(state.epoch))[0])
@@ -249,7 +249,7 @@ def trainer(
     accumulate = check_count("accumulate", accumulate)
     check_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "ignore"))
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        seen = f"a {type(optimizer).__name__}"
+        seen = a_type(optimizer)
         fix = "Pass optax.adam(1e-3), for instance."
         text = explain("optimizer", seen=seen, expected="an optax transformation", fix=fix)
         raise TypeError(text)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxhandler.errors import explain
+from jaxhandler.errors import a_type, explain
 from jaxhandler.handlers.means import as_mean, merged
 from jaxhandler.trees import leaves_with_paths
 from jaxhandler.typing import Batch, Mean, RunReport, Step
@@ -88,7 +88,7 @@ def init_state(
         if not isinstance(leaf, float) and (
             dtype is None or not jax.dtypes.issubdtype(dtype, np.inexact)
         ):
-            seen = f"a {type(leaf).__name__}" if dtype is None else f"dtype {dtype}"
+            seen = a_type(leaf) if dtype is None else f"dtype {dtype}"
             fix = "Keep what is not trained in model_state, or close over it."
             raise TypeError(
                 explain("params", path=path, seen=seen, expected="a floating array", fix=fix)
@@ -126,7 +126,7 @@ def make_train_step(
         args = (params, model_state, data) if has_state else (params, data)
         result = loss_fn(*args, **({"key": key} if has_key else {}))
         if has_state and (not isinstance(result, tuple) or len(result) != 2):
-            seen, expected = f"a {type(result).__name__}", "(loss, model_state) with has_state=True"
+            seen, expected = a_type(result), "(loss, model_state) with has_state=True"
             raise TypeError(explain("loss_fn", seen=seen, expected=expected))
         loss, model_state = result if has_state else (result, model_state)
         mean = as_mean(loss, mask, name="loss_fn", pad=pad)
@@ -203,4 +203,4 @@ def _as_key(name: str, key: Any) -> Any:
     if dtype == np.uint32:
         return jax.random.wrap_key_data(key)
     fix = "Pass jax.random.key(0), for instance."
-    raise TypeError(explain(name, seen=f"a {type(key).__name__}", expected="a random key", fix=fix))
+    raise TypeError(explain(name, seen=a_type(key), expected="a random key", fix=fix))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxhandler.data.sources import Source, open_source, resident_source
-from jaxhandler.errors import explain
+from jaxhandler.errors import a_type, explain
 from jaxhandler.handlers.fold import fold
 from jaxhandler.handlers.handler import RESIDENT, Handler
 from jaxhandler.handlers.means import as_mean, merged
@@ -161,7 +161,7 @@ def validator(
         {'mean': 2.0, 'second': 5.0}
     """
     if not isinstance(metric_fns, Mapping):
-        seen = f"a {type(metric_fns).__name__}"
+        seen = a_type(metric_fns)
         fix = 'Name it: {"loss": fn}.'
         text = explain("metric_fns", seen=seen, expected="a dict of functions by name", fix=fix)
         raise TypeError(text)

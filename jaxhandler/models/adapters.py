@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, overload
 import jax
 import jax.numpy as jnp
 
-from jaxhandler.errors import explain
+from jaxhandler.errors import a_type, explain
 from jaxhandler.models.precision import keep_types
 
 __all__ = ["from_linen", "from_nnx"]
@@ -97,7 +97,7 @@ def from_linen(
     if not isinstance(module, linen.Module):
         raise TypeError(_wrong_module(module, "a flax.linen.Module", "jh.from_nnx"))
     if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
-        seen = f"a {type(variables).__name__}"
+        seen = a_type(variables)
         if isinstance(variables, Mapping):
             seen = f"collections {sorted(map(str, variables))}"
         text = explain("variables", seen=seen, expected="a mapping with 'params'", fix=_WHOLE)
@@ -260,7 +260,7 @@ def _flax(part: str, needed_by: str) -> Any:
 
 
 def _wrong_module(module: Any, expected: str, other: str) -> str:
-    seen = f"a {type(module).__name__}"
+    seen = a_type(module)
     if isinstance(module, type):
         seen = f"the class {module.__name__}"
     fix = f"Make an instance of it; modules of Flax's other interface go to {other}."

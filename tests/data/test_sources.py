@@ -431,7 +431,7 @@ class Unregistered:
 @pytest.mark.parametrize(
     ("data", "error", "match"),
     [
-        ({"x": 3}, TypeError, r"data\['x'\]: saw a int without a shape"),
+        ({"x": 3}, TypeError, r"data\['x'\]: saw an int without a shape"),
         ({"a": "missing.npy", "x": 3.5}, TypeError, r"data\['x'\]: saw a float without a shape"),
         ([1.0, 2.0], TypeError, r"data\[0\]: saw a float .*np.asarray"),
         ({"x": [[1, 2], [3, 4], [5]]}, TypeError, "row 2 has 1 entries where row 0 has 2"),
@@ -441,7 +441,7 @@ class Unregistered:
         ({"x": jnp.float32(3)}, ValueError, r"data\['x'\]: saw a scalar"),
         ({"x": Unregistered(np.zeros(3))}, TypeError, r"data\['x'\]: .*register_dataclass"),
         ({"x": b"x.npy"}, TypeError, r"data\['x'\]: saw a bytes"),
-        (object(), TypeError, "data: saw a object, expected an array, a path"),
+        (object(), TypeError, "data: saw an object, expected an array, a path"),
         (None, ValueError, "data: saw no leaves"),
         ({}, ValueError, "data: saw no leaves"),
     ],

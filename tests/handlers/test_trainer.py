@@ -253,7 +253,7 @@ def test_bad_arguments_are_named_before_anything_runs():
     tr = jh.trainer(errors, optax.sgd(0.1))
     with pytest.raises(TypeError, match="state: saw a dict, expected a TrainState"):
         tr.train({}, DATA)
-    with pytest.raises(TypeError, match="key: saw a int, expected a random key"):
+    with pytest.raises(TypeError, match="key: saw an int, expected a random key"):
         tr.init(fresh_params(), key=0)
     with pytest.raises(TypeError, match=r"params\['n'\]: saw dtype int32"):
         tr.init({"n": np.zeros(3, np.int32)}, key=jax.random.key(0))

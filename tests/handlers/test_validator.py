@@ -84,7 +84,7 @@ def test_a_metric_of_another_shape_is_named():
 def test_metrics_must_be_named_functions():
     with pytest.raises(TypeError, match="metric_fns: saw a function"):
         jh.validator(lambda params, batch: batch)
-    with pytest.raises(TypeError, match=r"metric_fns\['m'\]: saw a int"):
+    with pytest.raises(TypeError, match=r"metric_fns\['m'\]: saw an int"):
         jh.validator({"m": 3})
     with pytest.raises(ValueError, match="metric_fns: saw no metric"):
         jh.validator({})
