@@ -71,7 +71,7 @@ def main() -> None:
     report("epoch", rows, options, columns=_COLUMNS, notes=notes)
 
 
-def _note_compile(event: str, duration: float, **_: Any) -> None:
+def _note_compile(event: str, duration_secs: float, **kwargs: Any) -> None:
     if event.endswith("backend_compile_duration"):
         _compiled.append(event)
 
