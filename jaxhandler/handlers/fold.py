@@ -107,9 +107,9 @@ def folding(
 ) -> Generator[Finished, None, Result]:
     """Runs a step over all rows, yielding macrobatches as they finish, one behind the device.
 
-    While the device computes one macrobatch, the next is read in a thread and placed, and the one
-    before is fetched and written in another; so two lie on the device at most. Closing the
-    generator, or an exception from anywhere, ends both threads.
+    While the device computes one macrobatch, the next is read and placed, and the one before is
+    fetched and written; so two lie on the device at most. Sources that must be read and sinks that
+    are files get a thread each. Closing the generator, or an exception from anywhere, ends both.
 
     Args:
         program: The handler's program.
