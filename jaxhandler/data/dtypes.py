@@ -5,12 +5,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxhandler.data.buffers import aligned_copy, aligned_empty
 from jaxhandler.errors import check_choice, explain, warn
 
 __all__ = ["aligned_copy", "aligned_empty", "check_dtype", "check_fits", "narrow"]
 
-# XLA's CPU client takes a host buffer as it lies, without a copy, from this alignment on.
-_ALIGNMENT = 64
 _REMEDIES = {
     "O": "Convert it to numbers first, with .astype(...), in rows of one length.",
     "U": "Encode the text as integers first.",
@@ -125,21 +124,6 @@ def narrow(
             fix = "Scale the values, or set jax_enable_x64."
             raise OverflowError(explain(name, seen=seen, expected=f"a finite {target}", fix=fix))
     return narrowed
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns uninitialised fresh memory that XLA's CPU client can take as it lies."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    buffer = np.empty(size + _ALIGNMENT, np.uint8)
-    offset = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[offset : offset + size].view(dtype).reshape(shape)
-
-
-def aligned_copy(array: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
-    """Returns a copy of `array` in fresh memory, as `dtype` where that is given."""
-    copy = aligned_empty(array.shape, dtype or array.dtype)
-    np.copyto(copy, array, casting="unsafe")
-    return copy
 
 
 def _row_number(rows: int | np.ndarray, wrong: np.ndarray) -> int:

@@ -135,8 +135,7 @@ class DeviceSink:
         pieces, self._pieces = self._pieces, []
         if len(pieces) == 1:
             return jax.device_put(pieces[0])
-        arrays = [leaf for piece in pieces for leaf in jax.tree.leaves(piece)]
-        if all(_on_host(array) for array in arrays):
+        if not pieces or all(_on_host(array) for array in jax.tree.leaves(pieces[0])):
             sink = HostSink(self._specs, self._axis)
             sink.write(0, pieces)
             return jax.device_put(sink.finish())

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from jaxhandler.data.buffers import aligned_empty
 from jaxhandler.data.columns import device_rows
-from jaxhandler.data.dtypes import aligned_empty
 from jaxhandler.data.order import Visit
 from jaxhandler.data.placement import place_rows
 from jaxhandler.data.sources import Source
@@ -170,15 +170,16 @@ def load(source: Source, visit: Visit, layout: Layout, *, borrow: bool = False) 
             rows = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), rows)
         return Macrobatch(visit, rows, order, [], index.reshape(-1, size))
     batches, indices, start = [], [], 0
+    leaves, structure = jax.tree.flatten(rows)
     for count, _ in visit.batches:
-        batch = jax.tree.map(lambda leaf: _rows(leaf, start, count), rows)  # noqa: B023
+        batch = [_rows(leaf, start, count) for leaf in leaves]
         numbers = index[start : start + count]
         if layout.pad and count < size:
             # A real row: zeros would make NaN gradients behind the mask.
             filled = np.minimum(np.arange(size), count - 1)
-            batch = jax.tree.map(lambda leaf: _permute(leaf, filled), batch)  # noqa: B023
+            batch = [_permute(leaf, filled) for leaf in batch]
             numbers = numbers[filled]
-        batches.append(batch)
+        batches.append(structure.unflatten(batch))
         indices.append(numbers)
         start += count
     return Macrobatch(visit, None, None, batches, indices)
@@ -190,18 +191,18 @@ def place(macrobatch: Macrobatch, sharding: Sharding | None, *, on_cpu: bool) ->
     Args:
         macrobatch: One in host memory; its buffers are handed over and never written to again.
         sharding: That of a batch, or None for the default device.
-        on_cpu: Whether the device is the CPU: batches of a loop then stay NumPy arrays, which a
-            plan takes at a third of the cost of an explicit transfer.
+        on_cpu: Whether the device is the CPU: rows then stay NumPy arrays, which a plan takes at a
+            third of the cost of an explicit transfer.
 
     Returns:
         The same macrobatch, leaves JAX arrays.
     """
+    if on_cpu and sharding is None:
+        return macrobatch
     if macrobatch.block is not None:
         leading = 1 if macrobatch.order is None else 0
         block = place_rows(macrobatch.block, sharding, leading=leading)
         return macrobatch._replace(block=block)
-    if on_cpu and sharding is None:
-        return macrobatch
     return macrobatch._replace(batches=place_rows(macrobatch.batches, sharding))
 
 

@@ -185,7 +185,8 @@ def calculator(
         tail: What becomes of the short last batch: "exact" compiles a plan of its own, "pad"
             repeats its last row and trims outputs, "drop" leaves it out.
         mode: "scan" runs a whole macrobatch as one plan, "loop" batch after batch; "auto" loops on
-            CPU where the model contains a convolution, which XLA slows down threefold in a scan.
+            CPU where the model contains a convolution, which XLA slows down threefold in a scan,
+            and over NumPy arrays, whose batches are views where a macrobatch would be a copy.
         on_batch_finish: Called with a `Progress` after every batch; makes "auto" a loop.
         plans: A `jh.PlanCache` to share; None makes a new one.
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxhandler.data.buffers import recycling
 from jaxhandler.data.order import Visit
 from jaxhandler.data.sinks import FileSink, Sink
 from jaxhandler.data.sources import Source
@@ -26,11 +27,13 @@ class Finished(NamedTuple):
         visit: Which rows.
         block: Its outputs where they are kept in blocks, else None.
         carry: The latest carry; later macrobatches may have been folded into it already.
+        watched: What the program watches, as it was after this macrobatch; an array of the device.
     """
 
     visit: Visit
     block: Any
     carry: Any
+    watched: Any
 
 
 class Result(NamedTuple):
@@ -132,18 +135,23 @@ def folding(
     reader = Lane("jaxhandler-read" if options.read_ahead and not run.borrows else None)
     writer = Lane("jaxhandler-write" if isinstance(sink, FileSink) else None)
     bar = _open_bar(options)
-    pending: deque[tuple[Visit, Callable[[], Any]]] = deque()
+    pending: deque[tuple[Visit, Any, Callable[[], Any]]] = deque()
 
     def finish() -> Finished:
-        visit, drained = pending.popleft()
+        visit, watched, drained = pending.popleft()
         block = drained()
-        run.let_go()
         if bar is not None:
             bar.update(run.progress(visit, len(visit.batches), lambda: block))
-        return Finished(visit, block, run.carry)
+        return Finished(visit, block, run.carry, watched)
 
-    done = False
-    try:
+    with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(recycling())
+        if bar is not None:
+            cleanup.callback(bar.close)
+        abort = cleanup.enter_context(contextlib.ExitStack())
+        abort.callback(sink.abort)
+        cleanup.callback(writer.close)
+        cleanup.callback(reader.close)
         for host in run.read(reader):
             macrobatch = run.place(host)
             visit = macrobatch.visit
@@ -154,7 +162,7 @@ def folding(
             del macrobatch
             run.call(options.on_macrobatch_finish, visit, len(visit.batches), outs)
             run.end_epoch(visit)
-            pending.append((visit, writer.submit(run.drain, sink, visit, outs)))
+            pending.append((visit, outs.watched, writer.submit(run.drain, sink, visit, outs)))
             del outs
             if len(pending) > 1:
                 yield finish()
@@ -162,18 +170,11 @@ def folding(
             yield finish()
         with run.clock.measure("write"):
             outputs = sink.finish()
-        done = True
+        abort.pop_all()
         report = run.report()
         if bar is not None:
             bar.finish(report)
         return Result(run.carry, outputs, report)
-    finally:
-        reader.close()
-        writer.close()
-        if not done:
-            sink.abort()
-        if bar is not None:
-            bar.close()
 
 
 def _open_bar(options: Options) -> Any:

@@ -16,7 +16,7 @@ from jaxhandler.typing import Batch, Callback, Placement, Step
 
 __all__ = ["RESIDENT", "Handler", "handler"]
 
-RESIDENT = Options(read_ahead=0)
+RESIDENT = Options(read_ahead=0, resident=True)
 """Rows that lie on the device already need no thread to read them."""
 
 
@@ -167,7 +167,9 @@ def handler(
         tail: What becomes of the short last batch: "exact" compiles a plan of its own, "pad"
             repeats its last row and trims outputs, "drop" leaves it out.
         mode: "scan" runs a whole macrobatch as one plan, "loop" batch after batch; "auto" loops on
-            CPU where the step contains a convolution, which XLA slows down threefold in a scan.
+            CPU where the step contains a convolution, which XLA slows down threefold in a scan,
+            and, without a carry, over NumPy arrays, whose batches are views where a macrobatch
+            would be a copy.
         outputs: What `out` is: "rows" (leaves `[B, ...]`, joined to `[N, ...]`), "steps" (stacked
             to `[S, ...]`), or None to discard it.
         has_index: Whether `step_fn` takes the batch's position.

@@ -39,13 +39,17 @@ def output_pieces(
     if program.outputs is None:
         return None
     if program.outputs == "steps":
-        host = jax.device_get(outs)
+        host = jax.tree.map(np.asarray, outs) if _on_cpu(outs) else jax.device_get(outs)
         return host if scanned else [jax.tree.map(lambda *steps: np.stack(steps), *host)]
     axis = program.row_axis
     if scanned:
         return [jax.tree.map(lambda leaf: _flatten(leaf, axis), outs[0])]
+    if program.tail != "pad":
+        return outs
     return [
-        jax.tree.map(lambda leaf: _trim(leaf, rows, axis), out)  # noqa: B023
+        out
+        if rows == program.batch_size
+        else jax.tree.map(lambda leaf: _trim(leaf, rows, axis), out)  # noqa: B023, E501
         for out, (rows, _) in zip(outs, visit.batches, strict=True)
     ]
 
@@ -59,11 +63,14 @@ def _flatten(leaf: jax.Array, axis: int) -> Any:
 
 
 def _trim(leaf: jax.Array, rows: int, axis: int) -> Any:
-    array: Any = _host(leaf)
-    return array if array.shape[axis] == rows else array[(slice(None),) * axis + (slice(rows),)]
+    return _host(leaf)[(slice(None),) * axis + (slice(rows),)]
 
 
 def _host(leaf: jax.Array) -> Any:
     """On CPU the array is host memory already, and NumPy reshapes it without compiling."""
-    on_cpu = all(device.platform == "cpu" for device in leaf.devices())
-    return np.asarray(leaf) if on_cpu else leaf
+    return np.asarray(leaf) if _on_cpu(leaf) else leaf
+
+
+def _on_cpu(outs: Any) -> bool:
+    first = next(iter(jax.tree.leaves(outs)), None)
+    return first is not None and all(device.platform == "cpu" for device in first.devices())

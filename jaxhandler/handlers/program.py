@@ -29,7 +29,8 @@ class Program(NamedTuple):
         donate: Whether plans may take over the carry's memory.
         init: Makes the first carry, where the handler has one of its own.
         metrics: `metrics(outs)` gives named means of outputs `[S, ...]`, for those who watch.
-        next_epoch: `next_epoch(carry)` gives the carry the next epoch starts from.
+        next_epoch: `next_epoch(carry, epoch)` gives the carry that this epoch, 0-based, starts from.
+        watch: `watch(carry)` gives an array for those who watch a run, at the end of every plan.
         on_batch_finish: Called after each batch.
         members: Models that the step runs at once; None for one model without a member axis.
         row_axis: Where the rows are in the output leaves.
@@ -47,7 +48,8 @@ class Program(NamedTuple):
     donate: bool = False
     init: Callable[..., Any] | None = None
     metrics: Callable[[Any], dict[str, Any]] | None = None
-    next_epoch: Callable[[Any], Any] | None = None
+    next_epoch: Callable[[Any, int], Any] | None = None
+    watch: Callable[[Any], Any] | None = None
     on_batch_finish: Callback | None = None
     members: int | None = None
     row_axis: int = 0

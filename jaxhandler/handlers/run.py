@@ -19,7 +19,7 @@ from jaxhandler.data.stream import Clock, Lane, Layout, Macrobatch, load, place,
 from jaxhandler.errors import a_type, check_count, explain
 from jaxhandler.handlers.outputs import joined_specs, output_pieces
 from jaxhandler.handlers.program import Program
-from jaxhandler.handlers.steps import Plans, trace_step
+from jaxhandler.handlers.steps import Keys, Plans, trace_step
 from jaxhandler.typing import Callback, Placement, Progress, RunReport, Step
 
 __all__ = ["Options", "Outputs", "Run"]
@@ -28,7 +28,10 @@ _WORTH_COLLECTING = 2**18
 
 
 class Options(NamedTuple):
-    """How one run goes over its rows; the arguments of the same names of `*_from_host`."""
+    """How one run goes over its rows; the arguments of the same names of `*_from_host`.
+
+    `resident` says that the rows lie on the device already.
+    """
 
     macrobatch_size: int | str = 10_000
     shuffle: str | None = None
@@ -40,15 +43,19 @@ class Options(NamedTuple):
     progress: bool = False
     read_ahead: int = 1
     sharding: Placement = None
-    threads: bool = True
+    resident: bool = False
 
 
 class Outputs(NamedTuple):
-    """Outputs under way: one of a scan or one per batch, and when the device was given the work."""
+    """Outputs under way: one of a scan or one per batch, and when the device was given the work.
+
+    `watched` is what the program watches, as it is at the end of the last plan.
+    """
 
     outs: list[Any]
     scanned: bool
     start: float
+    watched: Any = ()
 
 
 class Run:
@@ -96,10 +103,13 @@ class Run:
         self.traced = trace_step(program, step, self.consts, carry, source.specs, rows)
         if program.donate:
             carry = jax.tree.map(_own, carry)
-        self.carry = carry
+        self._keys = Keys(carry)
+        self._carry = self._keys.strip(carry)
         # A carry may keep rows it has seen; sinks copy, so without one nothing outlives the run.
         self.borrows = source.borrow is not None and not jax.tree.leaves(carry)
-        self.plans = Plans(program, step, _pinned(carry))
+        views = options.resident and options.shuffle != "global"
+        self.fresh = not (views or self.borrows)
+        self.plans = Plans(program, step, self._keys, _pinned(self._carry))
         device = _device((self.consts, carry), self.sharding)
         self.on_cpu = device.platform == "cpu"
         per_row = row_bytes(source.specs)
@@ -109,7 +119,8 @@ class Run:
         self.bytes = min(self.size, num_rows) * per_row
         self.mode = program.mode
         if self.mode == "auto":
-            slow = self.traced.convolves and self.on_cpu
+            # There a batch of lent rows is a view, while a scan wants a copy of a macrobatch first.
+            slow = self.on_cpu and (self.traced.convolves or self.borrows)
             self.mode = "loop" if slow or program.on_batch_finish else "scan"
         self.layout = Layout(
             size=self.size,
@@ -120,6 +131,11 @@ class Run:
         )
         self.num_visits = num_visits(num_rows, self.size, size, program.tail)
         self.num_rows = num_rows // size * size if program.tail == "drop" else num_rows
+
+    @property
+    def carry(self) -> Any:
+        """What the step passes on, as it is now."""
+        return self._keys.wrap(self._carry)
 
     def open_sink(self, out: Any) -> Sink:
         """Opens where outputs go, or keeps them in blocks."""
@@ -145,6 +161,7 @@ class Run:
                 )
 
         def read(visit: Visit) -> Macrobatch:
+            self.let_go()
             with self.clock.measure("read"):
                 return load(self.source, visit, self.layout, borrow=self.borrows)
 
@@ -163,26 +180,26 @@ class Run:
         """Hands every batch to the device; gives the outputs to come."""
         visit, consts = macrobatch.visit, self.consts
         if macrobatch.block is not None:
-            args = (consts, self.carry, macrobatch.block, macrobatch.order, macrobatch.index)
+            args = (consts, self._carry, macrobatch.block, macrobatch.order, macrobatch.index)
             plan = self.plans.block(args)
             start = time.perf_counter()
-            self.carry, out = plan(*args)
-            return Outputs([out], True, start)
-        outs, start = [], time.perf_counter()
+            self._carry, out, watched = plan(*args)
+            return Outputs([out], True, start, watched)
+        outs, watched, start = [], (), time.perf_counter()
         for position, rows in enumerate(macrobatch.batches):
             index = macrobatch.index[position]
             count = np.int32(visit.batches[position][0]) if self.layout.pad else None
-            args = (consts, self.carry, rows, index, np.int32(position), count)
+            args = (consts, self._carry, rows, index, np.int32(position), count)
             plan = self.plans.batch(len(index), args)
             if position == 0:
                 start = time.perf_counter()
-            self.carry, out = plan(*args)
+            self._carry, out, watched = plan(*args)
             outs.append(out)
             if self.program.on_batch_finish is not None:
                 self.call(
                     self.program.on_batch_finish, visit, position + 1, Outputs([out], False, start)
                 )
-        return Outputs(outs, False, start)
+        return Outputs(outs, False, start, watched)
 
     def drain(self, sink: Sink, visit: Visit, outs: Outputs) -> Any:
         """Waits for outputs and hands them to the sink; after it, the rows are off the device."""
@@ -199,13 +216,17 @@ class Run:
         return block
 
     def let_go(self) -> None:
-        """Frees the rows of macrobatches that are done.
+        """Frees the rows of macrobatches that are done, before others are read.
 
         On CPU XLA borrows NumPy's memory, and gives it back only when Python collects garbage: a
         collection of the youngest objects is enough. Python drops a Ctrl-C that comes in the
         middle of one, but only ever interrupts the main thread; hence another.
         """
-        if self.on_cpu and self.bytes >= _WORTH_COLLECTING:
+        if not (self.on_cpu and self.fresh) or self.bytes < _WORTH_COLLECTING:
+            return
+        if threading.current_thread() is not threading.main_thread():
+            gc.collect(0)
+        else:
             collector = threading.Thread(target=gc.collect, args=(0,), name="jaxhandler-collect")
             collector.start()
             collector.join()
@@ -213,7 +234,8 @@ class Run:
     def end_epoch(self, visit: Visit) -> None:
         """Turns the carry to the next epoch after the last macrobatch of one."""
         if self.program.next_epoch is not None and visit.position == self.num_visits - 1:
-            self.carry = self.program.next_epoch(self.carry)
+            carry = self.program.next_epoch(self.carry, visit.epoch + 1)
+            self._carry = self._keys.strip(carry)
 
     def call(
         self, callback: Callback | None, visit: Visit, batch: int, outs: Outputs | None = None
@@ -298,7 +320,7 @@ def _pinned(carry: Any) -> Any:
     leaves = jax.tree.leaves(carry)
     if all(len(leaf.sharding.device_set) == 1 for leaf in leaves):
         return None
-    return jax.tree.map(lambda leaf: leaf.sharding, carry), None
+    return jax.tree.map(lambda leaf: leaf.sharding, carry), None, None
 
 
 def _device(tree: Any, sharding: Sharding | None) -> Any:

@@ -14,7 +14,7 @@ from jaxhandler.plans import compile_plan, signature
 from jaxhandler.trees import leaves_with_paths
 from jaxhandler.typing import Batch, Step
 
-__all__ = ["Plans", "Traced", "trace_step"]
+__all__ = ["Keys", "Plans", "Traced", "trace_step"]
 
 
 class Traced(NamedTuple):
@@ -76,12 +76,51 @@ def trace_step(
     return program.traces.get(key, trace)
 
 
+class Keys:
+    """Takes the types off random keys in a tree, and puts them on again.
+
+    Plans take their numbers: JAX builds typed keys anew in Python at every call, at several
+    microseconds each.
+
+    Args:
+        tree: A tree like all that follow.
+
+    Example:
+        >>> tree = {"key": jax.random.key(1)}
+        >>> Keys(tree).strip(tree)
+        {'key': Array([0, 1], dtype=uint32)}
+    """
+
+    def __init__(self, tree: Any) -> None:
+        impls = [
+            jax.random.key_impl(leaf) if _is_key(leaf) else None for leaf in jax.tree.leaves(tree)
+        ]
+        self._impls = impls if any(impls) else None
+
+    def strip(self, tree: Any) -> Any:
+        """Returns the tree with uint32 arrays instead of typed keys."""
+        if self._impls is None:
+            return tree
+        return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
+
+    def wrap(self, tree: Any) -> Any:
+        """Returns a tree that `strip` gave as it was before."""
+        if self._impls is None:
+            return tree
+        leaves, structure = jax.tree.flatten(tree)
+        return structure.unflatten(
+            leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
+            for leaf, impl in zip(leaves, self._impls, strict=True)
+        )
+
+
 @dataclass
 class Plans:
-    """The plans of one run, each looked up once."""
+    """The plans of one run, each looked up once; they take and give the carry without key types."""
 
     program: Program
     step: Step
+    keys: Keys
     out_shardings: Any
 
     def __post_init__(self) -> None:
@@ -91,6 +130,10 @@ class Plans:
         carry, out = self.step(consts, carry, batch)
         # Something must say when a plan has run, also where outputs are not wanted.
         return carry, out if self.program.outputs is not None else jnp.zeros((), bool)
+
+    def _ended(self, carry: Any, out: Any) -> tuple[Any, Any, Any]:
+        watched = self.program.watch(carry) if self.program.watch else ()
+        return self.keys.strip(carry), out, watched
 
     def batch(self, size: int, args: tuple[Any, ...]) -> Any:
         """Returns the plan for one batch of `size` rows, called with arguments like `args`."""
@@ -106,7 +149,9 @@ class Plans:
             donate = (1,) if self.program.donate else ()
             key = (self.step, name, donate, signature(args))
             build = lambda: compile_plan(  # noqa: E731
-                lambda *args: fn(self._step, *args),
+                lambda consts, carry, *args: self._ended(
+                    *fn(self._step, consts, self.keys.wrap(carry), *args)
+                ),
                 args,
                 donate=donate,
                 out_shardings=self.out_shardings,
@@ -175,6 +220,10 @@ def _check_out(program: Program, out: Any, rows: int) -> None:
                 fix='Keep the row axis, or use jh.handler(..., outputs="steps") for one per batch.',
             )
             raise ValueError(text)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _describe(leaf: Any) -> str:

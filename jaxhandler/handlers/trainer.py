@@ -10,7 +10,7 @@ import optax
 
 from jaxhandler.data.sources import Source, open_source, resident_source
 from jaxhandler.errors import a_type, check_choice, check_count, explain
-from jaxhandler.handlers.finite import FiniteCheck
+from jaxhandler.handlers.finite import check_finite, finite_params
 from jaxhandler.handlers.fold import consume, folding
 from jaxhandler.handlers.handler import RESIDENT, Handler
 from jaxhandler.handlers.means import merged
@@ -99,7 +99,9 @@ class Trainer(Handler):
             (3, 6, 6)
         """
         shuffle = "global" if shuffle == "rows" else shuffle
-        options = RESIDENT._replace(shuffle=shuffle, epochs=epochs)
+        # Scattered rows are gathered while the device computes.
+        ahead = int(shuffle == "global")
+        options = RESIDENT._replace(shuffle=shuffle, epochs=epochs, read_ahead=ahead)
         return self._train(state, resident_source(data), options)
 
     def train_from_host(
@@ -173,16 +175,15 @@ class Trainer(Handler):
         check_rows(source)
         epoch = int(np.ravel(np.asarray(state.epoch))[0])
         options = options._replace(key=state.order_key, first_epoch=epoch)
-        check = FiniteCheck(self.program.plans, self.on_nonfinite == "raise", source.name)
         infos: list[TrainInfo] = []
 
         def finished(macrobatch: Any) -> None:
             infos.append(macrobatch.block)
-            check(macrobatch)
+            if self.on_nonfinite == "raise":
+                check_finite(macrobatch, source.name)
 
         run = folding(self.program, self.step, (), state, source, options)
         result = consume(run, finished)
-        check.end(result.carry.params)
         info: TrainInfo = jax.tree.map(lambda *parts: np.concatenate(parts), *infos)
         if self.program.members is not None:
             info = jax.tree.map(lambda leaf: np.moveaxis(leaf, 0, 1), info)
@@ -288,13 +289,15 @@ def trainer(
             init=init,
             metrics=lambda info: {"loss": merged(info)},
             next_epoch=_next_epoch,
+            watch=finite_params if on_nonfinite == "raise" else None,
             on_batch_finish=on_batch_finish,
         ),
         on_nonfinite,
     )
 
 
-def _next_epoch(state: TrainState) -> TrainState:
-    epoch = np.asarray(state.epoch) + np.int32(1)
+def _next_epoch(state: TrainState, epoch: int) -> TrainState:
+    # From a number on the host: one read from the device would wait for all it has to do.
     place = state.epoch.sharding if state.epoch.committed else None
-    return state._replace(epoch=jax.device_put(epoch, place))
+    epochs = np.full(state.epoch.shape, epoch, np.int32)
+    return state._replace(epoch=jax.device_put(epochs, place))

@@ -194,8 +194,20 @@ def test_auto_loops_on_cpu_where_the_step_convolves():
     kernel = np.ones((2, 1, 3, 3), np.float32)
     convolving = jh.calculator(convolve, batch_size=4)
     convolving.calc_from_host(kernel, images, on_macrobatch_finish=watch)
-    plain = jh.calculator(lambda w, x: x, batch_size=4)
-    plain.calc_from_host((), images, on_macrobatch_finish=watch)
+    plain = jh.handler(lambda carry, x: (carry, x), batch_size=4)
+    plain.handle_from_host(jnp.zeros(()), images, on_macrobatch_finish=watch)
+    on_cpu = jax.default_backend() == "cpu"
+    assert reports == ["loop" if on_cpu else "scan", "scan"]
+
+
+def test_auto_loops_on_cpu_over_rows_lent_from_memory_and_scans_those_of_files(tmp_path):
+    rows = np.ones((8, 3), np.float32)
+    np.save(tmp_path / "rows.npy", rows)
+    reports = []
+    watch = lambda progress: reports.append(progress.report.mode)  # noqa: E731
+    calc = jh.calculator(lambda w, x: x, batch_size=4)
+    calc.calc_from_host((), rows, on_macrobatch_finish=watch)
+    calc.calc_from_host((), tmp_path / "rows.npy", on_macrobatch_finish=watch)
     on_cpu = jax.default_backend() == "cpu"
     assert reports == ["loop" if on_cpu else "scan", "scan"]
 
