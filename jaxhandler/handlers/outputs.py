@@ -49,7 +49,7 @@ def output_pieces(
     return [
         out
         if rows == program.batch_size
-        else jax.tree.map(lambda leaf: _trim(leaf, rows, axis), out)  # noqa: B023, E501
+        else jax.tree.map(lambda leaf: _trim(leaf, rows, axis), out)  # noqa: B023
         for out, (rows, _) in zip(outs, visit.batches, strict=True)
     ]
 

@@ -29,7 +29,8 @@ class Program(NamedTuple):
         donate: Whether plans may take over the carry's memory.
         init: Makes the first carry, where the handler has one of its own.
         metrics: `metrics(outs)` gives named means of outputs `[S, ...]`, for those who watch.
-        next_epoch: `next_epoch(carry, epoch)` gives the carry that this epoch, 0-based, starts from.
+        next_epoch: `next_epoch(carry, epoch)` gives the carry that an epoch, 0-based, starts from;
+            random keys in it come as their numbers.
         watch: `watch(carry)` gives an array for those who watch a run, at the end of every plan.
         on_batch_finish: Called after each batch.
         members: Models that the step runs at once; None for one model without a member axis.

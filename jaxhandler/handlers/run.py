@@ -101,10 +101,10 @@ class Run:
         size, num_rows = program.batch_size, source.num_rows
         rows = size if program.tail == "pad" or not num_rows else min(size, num_rows)
         self.traced = trace_step(program, step, self.consts, carry, source.specs, rows)
-        if program.donate:
-            carry = jax.tree.map(_own, carry)
         self._keys = Keys(carry)
         self._carry = self._keys.strip(carry)
+        if program.donate:
+            self._carry = _own(self._carry)
         # A carry may keep rows it has seen; sinks copy, so without one nothing outlives the run.
         self.borrows = source.borrow is not None and not jax.tree.leaves(carry)
         views = options.resident and options.shuffle != "global"
@@ -234,8 +234,7 @@ class Run:
     def end_epoch(self, visit: Visit) -> None:
         """Turns the carry to the next epoch after the last macrobatch of one."""
         if self.program.next_epoch is not None and visit.position == self.num_visits - 1:
-            carry = self.program.next_epoch(self.carry, visit.epoch + 1)
-            self._carry = self._keys.strip(carry)
+            self._carry = self.program.next_epoch(self._carry, visit.epoch + 1)
 
     def call(
         self, callback: Callback | None, visit: Visit, batch: int, outs: Outputs | None = None
@@ -309,10 +308,18 @@ def _check_options(options: Options, source: Source) -> None:
             raise TypeError(explain(name, seen=seen, expected="a function of one Progress"))
 
 
-def _own(leaf: jax.Array) -> jax.Array:
-    """Copies a leaf where it lies, so that a plan may take the copy's memory over."""
-    place = leaf.sharding if leaf.committed else None
-    return jax.device_put(leaf, place, may_alias=False)
+def _own(tree: Any) -> Any:
+    """Copies leaves where they lie, so that a plan may take the copies' memory over."""
+    leaves, structure = jax.tree.flatten(tree)
+    if any(leaf.committed for leaf in leaves):
+        places = [leaf.sharding if leaf.committed else None for leaf in leaves]
+        copies = [
+            jax.device_put(leaf, place, may_alias=False)
+            for leaf, place in zip(leaves, places, strict=True)
+        ]
+    else:
+        copies = jax.device_put(leaves, may_alias=False)
+    return structure.unflatten(copies)
 
 
 def _pinned(carry: Any) -> Any:

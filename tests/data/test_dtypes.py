@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxhandler.data.dtypes import aligned_copy, aligned_empty, check_dtype, check_fits, narrow
+from jaxhandler.data.dtypes import check_dtype, check_fits, narrow
 
 KEPT = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "float32"]
 KEPT += ["complex64", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
@@ -80,21 +80,3 @@ def test_floats_are_narrowed_to_the_nearest_or_not_at_all(array):
             narrow("x", array, np.dtype(np.float32))
     else:
         np.testing.assert_array_equal(narrow("x", array, np.dtype(np.float32)), nearest)
-
-
-@hypothesis.given(
-    hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5),
-    st.sampled_from([np.dtype(np.float32), np.dtype(bool), np.dtype(ml_dtypes.bfloat16)]),
-)
-def test_fresh_memory_is_aligned_contiguous_and_of_the_shape_asked_for(shape, dtype):
-    array = aligned_empty(shape, dtype)
-    assert (array.shape, array.dtype) == (shape, dtype)
-    assert array.size == 0 or array.ctypes.data % 64 == 0
-    assert array.flags.c_contiguous
-    assert array.flags.writeable
-
-
-def test_an_aligned_copy_of_a_strided_array_is_the_same_array():
-    array = np.arange(24, dtype=np.int16).reshape(4, 6)[::2, ::-3]
-    np.testing.assert_array_equal(aligned_copy(array), array)
-    assert aligned_copy(array, np.dtype(np.float32)).dtype == np.float32
