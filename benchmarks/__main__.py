@@ -1,8 +1,13 @@
-"""Runs every benchmark, each in a process of its own: `python -m benchmarks [--quick]`."""
+"""Runs every benchmark, each in a process of its own: `python -m benchmarks [--quick]`.
+
+Then writes `docs/benchmarks.md`.
+"""
 
 import subprocess
 import sys
 from pathlib import Path
+
+from benchmarks import page
 
 _NAMES = ("imports", "unused", "nonfinite", "memory", "overlap", "epoch")
 
@@ -19,6 +24,7 @@ def main() -> int:
         command = [sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]]
         if subprocess.run(command, cwd=Path(__file__).resolve().parents[1]).returncode:
             failed.append(name)
+    page.write()
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return len(failed)

@@ -103,7 +103,7 @@ class RunReport:
 
     @property
     def bound_by(self) -> str:
-        """What took longest: "read", "transfer", "compute", "write" or "compile"."""
+        """What took longest, "read", "transfer", "compute", "write" or "compile"."""
         return max(_STAGES, key=lambda name: getattr(self, name))
 
     @property
