@@ -45,8 +45,8 @@ def main() -> None:
         {
             "import": name,
             "ms": 1e3 * median(times, name),
-            "of jax, optax": ratio(times, name, name.replace(*reversed(_PEERS))),
-            "quartiles": spread(times, name, name.replace(*reversed(_PEERS))),
+            "of jax, optax": ratio(times, name, name.replace(_PEERS[1], _PEERS[0])),
+            "quartiles": spread(times, name, name.replace(_PEERS[1], _PEERS[0])),
             "heavy modules": ", ".join(_heavy(_module(name))) or "none",
             "seconds": times[name],
         }

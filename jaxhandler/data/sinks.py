@@ -106,13 +106,11 @@ class HostSink:
 
     def write(self, start: int, pieces: list[Any]) -> None:
         before = (slice(None),) * self._axis
-        for piece in pieces:
-            for whole, rows in zip(
-                jax.tree.leaves(self._arrays), jax.tree.leaves(piece), strict=True
-            ):
-                stop = start + rows.shape[self._axis]
-                whole[(*before, slice(start, stop))] = rows
-            start = _after(start, piece, self._axis)
+        columns = zip(*(jax.tree.leaves(piece) for piece in pieces), strict=True)
+        for whole, column in zip(jax.tree.leaves(self._arrays), columns, strict=True):
+            parts = [np.asarray(part) for part in column]
+            stop = start + sum(part.shape[self._axis] for part in parts)
+            np.concatenate(parts, axis=self._axis, out=whole[(*before, slice(start, stop))])
 
     def finish(self) -> Any:
         return self._arrays
@@ -137,7 +135,8 @@ class DeviceSink:
             return jax.device_put(pieces[0])
         if not pieces or all(_on_host(array) for array in jax.tree.leaves(pieces[0])):
             sink = HostSink(self._specs, self._axis)
-            sink.write(0, pieces)
+            if pieces:
+                sink.write(0, pieces)
             return jax.device_put(sink.finish())
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=self._axis), *pieces)
 
@@ -327,11 +326,6 @@ def _replaceable(place: Path, *, folder: bool) -> bool:
         return False
     empty = folder and not any(place.iterdir())
     return not folder or empty or files.read_manifest(files.manifest_of(place)) is not None
-
-
-def _after(start: int, piece: Any, axis: int) -> int:
-    leaves = jax.tree.leaves(piece)
-    return start + (leaves[0].shape[axis] if leaves else 0)
 
 
 def _on_host(array: Any) -> bool:

@@ -22,6 +22,7 @@ class Calculator(Handler):
 
     Attributes:
         program: Its description.
+        step: The pure step `(consts, carry, batch) -> (carry, out)`.
 
     Example:
         >>> import jax.numpy as jnp, jaxhandler as jh

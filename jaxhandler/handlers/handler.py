@@ -1,8 +1,7 @@
 """What every handler can do, and the handler of the user's own step."""
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxhandler.data.sinks import check_sink
@@ -29,6 +28,7 @@ class Handler:
 
     Attributes:
         program: Its description, from which `jh.ensemble` rebuilds it.
+        step: The pure step `(consts, carry, batch) -> (carry, out)`, for use inside your own loops.
 
     Example:
         >>> import jax.numpy as jnp, jaxhandler as jh
@@ -38,11 +38,11 @@ class Handler:
     """
 
     program: Program
+    step: Step = field(init=False, repr=False, compare=False)
 
-    @functools.cached_property
-    def step(self) -> Step:
-        """The pure step `(consts, carry, batch) -> (carry, out)`, for use inside your own loops."""
-        return self.program.make_step(self.program.fn)
+    def __post_init__(self) -> None:
+        # Not made when first asked for: two threads would make two steps, and compile both.
+        object.__setattr__(self, "step", self.program.make_step(self.program.fn))
 
     def handle(
         self,

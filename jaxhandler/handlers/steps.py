@@ -14,7 +14,7 @@ from jaxhandler.plans import compile_plan, signature
 from jaxhandler.trees import leaves_with_paths
 from jaxhandler.typing import Batch, Step
 
-__all__ = ["Keys", "Plans", "Traced", "trace_step"]
+__all__ = ["Keys", "Plans", "Traced", "convolves", "trace_step"]
 
 
 class Traced(NamedTuple):
@@ -70,10 +70,32 @@ def trace_step(
         _check_carry(carry, after)
         if program.outputs is not None:
             _check_out(program, out, rows)
-        return Traced(out, _convolves(traced.jaxpr))
+        return Traced(out, convolves(traced.jaxpr))
 
     key = (step, program.tail, signature((consts, carry, data)))
     return program.traces.get(key, trace)
+
+
+def convolves(jaxpr: Any) -> bool:
+    """Returns whether a jaxpr, or one inside it, contains a convolution.
+
+    Args:
+        jaxpr: A `jax.core.ClosedJaxpr` or `jax.core.Jaxpr`.
+
+    Example:
+        >>> convolves(jax.make_jaxpr(jnp.sin)(1.0))
+        False
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            return True
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if (hasattr(value, "eqns") or hasattr(value, "jaxpr")) and convolves(value):
+                return True
+    return False
 
 
 class Keys:
@@ -228,16 +250,3 @@ def _is_key(leaf: Any) -> bool:
 
 def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
-
-
-def _convolves(jaxpr: Any) -> bool:
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "conv_general_dilated":
-            return True
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            if (hasattr(value, "eqns") or hasattr(value, "jaxpr")) and _convolves(value):
-                return True
-    return False

@@ -30,6 +30,7 @@ class Trainer(Handler):
 
     Attributes:
         program: Its description.
+        step: The pure step `(consts, carry, batch) -> (carry, out)`.
         on_nonfinite: What a NaN or infinity does.
 
     Example:

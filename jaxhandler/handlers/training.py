@@ -10,6 +10,7 @@ import optax
 
 from jaxhandler.errors import a_type, explain
 from jaxhandler.handlers.means import as_mean, merged
+from jaxhandler.handlers.steps import convolves
 from jaxhandler.trees import leaves_with_paths
 from jaxhandler.typing import Batch, Mean, RunReport, Step
 
@@ -148,25 +149,38 @@ def make_train_step(
     def in_pieces(state: TrainState, batch: Batch, key: Any) -> tuple[Mean, Any, Any]:
         rows = batch.mask.shape[0]
         size = -(-rows // accumulate)
-        model_state, mean, sums = state.model_state, None, None
+        even, pieces = rows // size * size, rows // size
         piece_gradient = jax.jit(gradient)
-        for number, start in enumerate(range(0, rows, size)):
-            piece = jax.tree.map(
-                lambda leaf: leaf[start : start + size],  # noqa: B023
-                (batch.data, batch.mask),
-            )
-            # Lest XLA run the pieces side by side and need the memory of all of them.
-            piece, model_state, sums = jax.lax.optimization_barrier((piece, model_state, sums))
+
+        def add(sums: Any, piece: Any) -> tuple[Any, None]:
+            mean, model_state, total = sums
+            data, mask, number = piece
             piece_key = jax.random.fold_in(key, number) if has_key else key
             (_, (part, model_state)), grads = piece_gradient(
-                state.params, model_state, *piece, piece_key
+                state.params, model_state, data, mask, piece_key
             )
-            grads = jax.tree.map(lambda leaf: leaf * part.count.astype(leaf.dtype), grads)  # noqa: B023
-            sums = grads if sums is None else jax.tree.map(jnp.add, sums, grads)
-            mean = part if mean is None else jax.tree.map(jnp.add, mean, part)
-        assert mean is not None
+            weigh = lambda sum, leaf: sum + leaf * part.count.astype(leaf.dtype)  # noqa: E731
+            sums = jax.tree.map(jnp.add, mean, part), model_state, jax.tree.map(weigh, total, grads)
+            return sums, None
+
+        cut = lambda leaf: leaf[:even].reshape(pieces, size, *leaf.shape[1:])  # noqa: E731
+        whole = jax.tree.map(cut, (batch.data, batch.mask))
+        first = jax.tree.map(lambda leaf: leaf[0], whole)
+        given = (state.params, state.model_state, *first, key)
+        (_, (mean, _)), grads = jax.eval_shape(piece_gradient, *given)
+        zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)  # noqa: E731
+        # One piece after another needs the memory of one; but not where that makes it crawl.
+        slow = jax.default_backend() == "cpu" and convolves(jax.make_jaxpr(piece_gradient)(*given))
+        numbers = jnp.arange(pieces, dtype=jnp.int32)
+        sums, _ = jax.lax.scan(
+            add, (zeros(mean), state.model_state, zeros(grads)), (*whole, numbers), unroll=slow
+        )
+        if even < rows:
+            rest = jax.tree.map(lambda leaf: leaf[even:], (batch.data, batch.mask))
+            sums, _ = add(sums, (*rest, np.int32(pieces)))
+        mean, model_state, total = sums
         divide = lambda leaf: leaf / jnp.maximum(mean.count, 1).astype(leaf.dtype)  # noqa: E731
-        return mean, model_state, jax.tree.map(divide, sums)
+        return mean, model_state, jax.tree.map(divide, total)
 
     def step(consts: Any, state: TrainState, batch: Batch) -> tuple[TrainState, TrainInfo]:
         key = jax.random.fold_in(state.key, state.step) if has_key else None

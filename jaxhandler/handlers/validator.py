@@ -23,6 +23,7 @@ class Validator(Handler):
 
     Attributes:
         program: Its description.
+        step: The pure step `(consts, carry, batch) -> (carry, out)`.
 
     Example:
         >>> import jax.numpy as jnp, jaxhandler as jh

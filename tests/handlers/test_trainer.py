@@ -54,6 +54,36 @@ def test_training_equals_a_loop_by_hand(mode, tail, accumulate):
     assert (int(state.step), int(state.epoch)) == (14, 2)
 
 
+def test_micro_batches_need_the_memory_of_one():
+    def loss_fn(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return (x**2).sum(axis=1)
+
+    def needed(accumulate):
+        tr = jh.trainer(loss_fn, optax.sgd(0.1), batch_size=1024, accumulate=accumulate)
+        state = tr.init([jnp.zeros((64, 64))] * 8, key=jax.random.key(0))
+        batch = jh.Batch(jnp.zeros((1024, 64)), jnp.ones(1024, bool), jnp.arange(1024))
+        compiled = jax.jit(tr.step).lower((), state, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert needed(8) < 0.5 * needed(1)
+
+
+def test_micro_batches_of_a_convolution_train_like_the_whole_batch():
+    def loss_fn(kernel, x):
+        return (jax.lax.conv(x, kernel, (1, 1), "SAME") ** 2).sum(axis=(1, 2, 3))
+
+    kernel = jax.random.normal(jax.random.key(0), (2, 1, 3, 3))
+    x = np.random.default_rng(0).normal(size=(10, 1, 6, 6)).astype(np.float32)
+    trained = []
+    for accumulate in (1, 4):
+        tr = jh.trainer(loss_fn, optax.sgd(1e-3), batch_size=10, accumulate=accumulate)
+        state, _ = tr.train_from_host(tr.init(kernel, key=jax.random.key(1)), x, shuffle=None)
+        trained.append(state.params)
+    np.testing.assert_allclose(*trained, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "loss_fn",
     [
