@@ -6,8 +6,11 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 
+from jaxhandler.errors import explain
+
 __all__ = ["Batch", "Callback", "Mean", "Placement", "Progress", "RunReport", "Step"]
 
+_DRAWN = ("read", "transfer", "compute", "write")
 _STAGES = ("compute", "read", "transfer", "write", "compile")
 
 Placement: TypeAlias = jax.sharding.Sharding | jax.sharding.PartitionSpec | None
@@ -81,6 +84,8 @@ class RunReport:
         compile: Seconds compiling them, and tracing the step.
         macrobatch_size: Rows of a whole macrobatch, "auto" resolved.
         mode: "scan" or "loop", "auto" resolved.
+        timeline: `(stage, start, stop)` in seconds since the run began, of its last few thousand
+            stages in the order they ended; what `plot` draws.
 
     Example:
         >>> RunReport(read=2.0, compute=1.0, total=2.1, rows=4200).bound_by
@@ -100,6 +105,7 @@ class RunReport:
     compile: float = 0.0
     macrobatch_size: int = 0
     mode: str = ""
+    timeline: tuple[tuple[str, float, float], ...] = field(default=(), repr=False, compare=False)
 
     @property
     def bound_by(self) -> str:
@@ -112,14 +118,52 @@ class RunReport:
         return self.rows / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        stages = ", ".join(
-            f"{name} {getattr(self, name):.2f} s"
-            for name in ("read", "transfer", "compute", "write")
-        )
+        stages = ", ".join(f"{name} {getattr(self, name):.2f} s" for name in _DRAWN)
         return (
             f"{self.rows:,} rows in {self.total:.2f} s ({self.rows_per_second:,.0f} rows/s), "
             f"bound by {self.bound_by}: {stages}"
         )
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draws when reading, transfer, compute and writing were at work, one bar per macrobatch.
+
+        Bars above each other overlapped in time. Needs the extra `plots`.
+
+        Args:
+            axes: The `matplotlib.axes.Axes` to draw into; None makes a figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+            ValueError: If the report has no timeline.
+
+        Example:
+            >>> report = RunReport(timeline=(("read", 0.0, 1.0), ("compute", 1.0, 3.0)))
+            >>> axes = report.plot()
+            >>> [label.get_text() for label in axes.get_yticklabels()]
+            ['read', 'transfer', 'compute', 'write']
+        """
+        if not self.timeline:
+            fix = "Plot the report of a run that has gone over rows."
+            raise ValueError(explain("report", seen="no timeline", expected="stages", fix=fix))
+        if axes is None:
+            try:
+                import matplotlib.pyplot as plt
+            except ImportError as error:
+                needs = (
+                    'plot: matplotlib is missing. Install it with pip install "jaxhandler[plots]".'
+                )
+                raise ImportError(needs) from error
+            _, axes = plt.subplots(figsize=(8, 2.2), layout="constrained")
+        for row, stage in enumerate(_DRAWN):
+            spans = [(start, stop - start) for name, start, stop in self.timeline if name == stage]
+            axes.broken_barh(spans, (row - 0.4, 0.8), facecolors=f"C{row}", edgecolors="white")
+        axes.set_yticks(range(len(_DRAWN)), _DRAWN)
+        axes.invert_yaxis()
+        axes.set(xlabel="seconds", title=str(self).partition(":")[0])
+        return axes
 
 
 @dataclass(frozen=True)
@@ -141,7 +185,7 @@ class Progress:
         rows: Rows visited so far in this epoch.
         num_rows: Rows of an epoch.
         seconds: Seconds since the call began.
-        live: What `metrics`, `report` and `state` are read from.
+        live: What `metrics`, `report`, `state` and `wait` are read from.
 
     Example:
         >>> Progress(epoch=1, num_epochs=3).num_epochs
@@ -169,7 +213,7 @@ class Progress:
 
     @property
     def report(self) -> RunReport:
-        """Where the time went so far."""
+        """Where the time went so far; of the whole run once that is over."""
         return self.live["report"]() if "report" in self.live else RunReport()
 
     @property
@@ -185,6 +229,14 @@ class Progress:
                 "it. Copy what you need with jax.device_get(progress.state)."
             )
         return self.live["state"]
+
+    def wait(self) -> None:
+        """Waits until the device has done this batch or macrobatch; nothing once the run is over.
+
+        Example:
+            >>> Progress().wait()
+        """
+        self.live.get("wait", lambda: None)()
 
 
 Callback: TypeAlias = Callable[[Progress], Any]

@@ -19,26 +19,35 @@ from jaxhandler.data.sources import Source
 
 __all__ = ["Clock", "Lane", "Layout", "Macrobatch", "load", "place", "read_ahead"]
 
+_NOTED = 4096
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class Clock:
-    """Adds up seconds by stage; each stage is timed from one thread only."""
+    """Adds up seconds by stage, and notes when; each stage is timed from one thread only."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
         stages = ("read", "transfer", "compute", "write", "wait")
         self.seconds: dict[str, float] = dict.fromkeys(stages, 0.0)
+        self.timeline: deque[tuple[str, float, float]] = deque(maxlen=_NOTED)
 
     @contextlib.contextmanager
     def measure(self, stage: str) -> Iterator[None]:
         """Adds the time of the block to `stage`."""
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - start
+        with jax.profiler.TraceAnnotation(f"jaxhandler_{stage}"):
+            try:
+                yield
+            finally:
+                self.note(stage, start, time.perf_counter())
+
+    def note(self, stage: str, start: float, stop: float) -> None:
+        """Adds the time from `start` to `stop`, both by `time.perf_counter`, to `stage`."""
+        self.seconds[stage] += stop - start
+        self.timeline.append((stage, start - self.start, stop - self.start))
 
 
 class Lane:

@@ -1,4 +1,4 @@
-"""Callbacks that feed loggers of scalars, and the loggers beside them: `jh.callbacks`."""
+"""Callbacks, and the loggers that some of them feed: `jh.callbacks`."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -12,12 +12,14 @@ from jaxhandler.handlers.loggers import History as History
 from jaxhandler.handlers.loggers import JSONLLogger as JSONLLogger
 from jaxhandler.handlers.loggers import ScalarLogger as ScalarLogger
 from jaxhandler.handlers.loggers import TensorBoardLogger as TensorBoardLogger
+from jaxhandler.handlers.profiling import Profile as Profile
 from jaxhandler.typing import Callback, Progress
 
 __all__ = [
     "CSVLogger",
     "History",
     "JSONLLogger",
+    "Profile",
     "ScalarLogger",
     "TensorBoardLogger",
     "chain",

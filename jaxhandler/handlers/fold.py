@@ -141,7 +141,8 @@ def folding(
         visit, watched, drained = pending.popleft()
         block = drained()
         if bar is not None:
-            bar.update(run.progress(visit, len(visit.batches), lambda: block))
+            told = (lambda: block) if program.metrics else None
+            bar.update(run.progress(visit, len(visit.batches), told))
         return Finished(visit, block, run.carry, watched)
 
     with contextlib.ExitStack() as cleanup:
@@ -171,7 +172,7 @@ def folding(
         with run.clock.measure("write"):
             outputs = sink.finish()
         abort.pop_all()
-        report = run.report()
+        report = run.end()
         if bar is not None:
             bar.finish(report)
         return Result(run.carry, outputs, report)

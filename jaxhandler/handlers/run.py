@@ -89,6 +89,7 @@ class Run:
         self.program, self.source, self.options = program, source, options
         self.compiled = program.plans.stats(), program.traces.stats()
         self.rows = 0
+        self._report: RunReport | None = None
         self.ready = 0.0
         if program.tail == "drop" and 0 < source.num_rows < program.batch_size:
             seen = f'{source.num_rows} rows with tail="drop"'
@@ -178,6 +179,11 @@ class Run:
 
     def compute(self, macrobatch: Macrobatch) -> Outputs:
         """Hands every batch to the device; gives the outputs to come."""
+        number = macrobatch.visit.epoch * self.num_visits + macrobatch.visit.position
+        with jax.profiler.StepTraceAnnotation("jaxhandler_macrobatch", step_num=number):
+            return self._compute(macrobatch)
+
+    def _compute(self, macrobatch: Macrobatch) -> Outputs:
         visit, consts = macrobatch.visit, self.consts
         if macrobatch.block is not None:
             args = (consts, self._carry, macrobatch.block, macrobatch.order, macrobatch.index)
@@ -206,7 +212,7 @@ class Run:
         block = None
         jax.block_until_ready(outs.outs)
         ready = time.perf_counter()
-        self.clock.seconds["compute"] += ready - max(outs.start, self.ready)
+        self.clock.note("compute", max(outs.start, self.ready), ready)
         self.ready = ready
         with self.clock.measure("write"):
             pieces = output_pieces(self.program, visit, outs.outs, scanned=outs.scanned)
@@ -249,19 +255,20 @@ class Run:
             pieces = output_pieces(self.program, visit, outs.outs, scanned=outs.scanned)
             return None if pieces is None else pieces[0]
 
-        progress = self.progress(visit, batch, steps, self.carry)
+        progress = self.progress(visit, batch, steps if self.program.metrics else None)
+        progress.live["state"] = self.carry
+        progress.live["wait"] = lambda: jax.block_until_ready(outs and outs.outs)
         try:
             callback(progress)
         finally:
-            progress.live.pop("state", None)
+            # Whoever keeps a Progress keeps neither the state nor the outputs.
+            del progress.live["state"], progress.live["wait"]
 
-    def progress(
-        self, visit: Visit, batch: int, block: Callable[[], Any], carry: Any = None
-    ) -> Progress:
+    def progress(self, visit: Visit, batch: int, block: Callable[[], Any] | None) -> Progress:
         """Describes where the run is."""
 
         def metrics() -> dict[str, Any]:
-            outs = block() if self.program.metrics is not None else None
+            outs = block() if block is not None else None
             return {} if outs is None else self.program.metrics(outs)  # pyright: ignore[reportOptionalCall]
 
         done = sum(count for count, _ in visit.batches[:batch])
@@ -278,11 +285,18 @@ class Run:
             rows=visit.before + done,
             num_rows=self.num_rows,
             seconds=time.perf_counter() - self.clock.start,
-            live={"metrics": metrics, "report": self.report, "state": carry},
+            live={"metrics": metrics, "report": self.report},
         )
 
+    def end(self) -> RunReport:
+        """Ends the account of the run, and gives it."""
+        self._report = self.report()
+        return self._report
+
     def report(self) -> RunReport:
-        """Says where the time went so far."""
+        """Says where the time went so far; after `end` the same for ever."""
+        if self._report is not None:
+            return self._report
         plans, traces = self.program.plans.stats(), self.program.traces.stats()
         plans_before, traces_before = self.compiled
         tracing = traces.compile_seconds - traces_before.compile_seconds
@@ -294,6 +308,7 @@ class Run:
             compile=plans.compile_seconds - plans_before.compile_seconds + tracing,
             macrobatch_size=self.size,
             mode=self.mode,
+            timeline=tuple(self.clock.timeline.copy()),
         )
 
 
