@@ -42,7 +42,7 @@ def check_finite(finished: Finished, name: str) -> None:
         raise NonFiniteError(_describe_loss(finished, name))
     finite = np.asarray(finished.watched)
     if not finite.all():
-        path, _ = leaves_with_paths(finished.carry.params)[np.argmin(finite)]
+        path, _ = leaves_with_paths(finished.carry().params)[np.argmin(finite)]
         visit = finished.visit
         text = explain(
             f"params{path}",

@@ -26,13 +26,13 @@ class Finished(NamedTuple):
     Attributes:
         visit: Which rows.
         block: Its outputs where they are kept in blocks, else None.
-        carry: The latest carry; later macrobatches may have been folded into it already.
+        carry: Gives the latest carry; later macrobatches may have been folded into it already.
         watched: What the program watches, as it was after this macrobatch; an array of the device.
     """
 
     visit: Visit
     block: Any
-    carry: Any
+    carry: Callable[[], Any]
     watched: Any
 
 
@@ -143,7 +143,7 @@ def folding(
         if bar is not None:
             told = (lambda: block) if program.metrics else None
             bar.update(run.progress(visit, len(visit.batches), told))
-        return Finished(visit, block, run.carry, watched)
+        return Finished(visit, block, lambda: run.carry, watched)
 
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(recycling())

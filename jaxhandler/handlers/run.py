@@ -215,7 +215,7 @@ class Run:
         self.clock.note("compute", max(outs.start, self.ready), ready)
         self.ready = ready
         with self.clock.measure("write"):
-            pieces = output_pieces(self.program, visit, outs.outs, scanned=outs.scanned)
+            pieces = self._pieces(visit, outs)
             if pieces is not None:
                 block = sink.write(self.rows, pieces)
         self.rows += visit.rows
@@ -237,6 +237,10 @@ class Run:
             collector.start()
             collector.join()
 
+    def _pieces(self, visit: Visit, outs: Outputs) -> list[Any] | None:
+        out = self.traced.out
+        return output_pieces(self.program, visit, outs.outs, out, scanned=outs.scanned)
+
     def end_epoch(self, visit: Visit) -> None:
         """Turns the carry to the next epoch after the last macrobatch of one."""
         if self.program.next_epoch is not None and visit.position == self.num_visits - 1:
@@ -252,7 +256,7 @@ class Run:
         def steps() -> Any:
             if outs is None:
                 return None
-            pieces = output_pieces(self.program, visit, outs.outs, scanned=outs.scanned)
+            pieces = self._pieces(visit, outs)
             return None if pieces is None else pieces[0]
 
         progress = self.progress(visit, batch, steps if self.program.metrics else None)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler.errors import a_type, explain
+from jaxhandler.handlers.outputs import pack
 from jaxhandler.handlers.program import Program
 from jaxhandler.plans import compile_plan, signature
 from jaxhandler.trees import leaves_with_paths
@@ -150,8 +151,10 @@ class Plans:
 
     def _step(self, consts: Any, carry: Any, batch: Batch) -> tuple[Any, Any]:
         carry, out = self.step(consts, carry, batch)
-        # Something must say when a plan has run, also where outputs are not wanted.
-        return carry, out if self.program.outputs is not None else jnp.zeros((), bool)
+        if self.program.outputs is None:
+            # Something must say when a plan has run.
+            return carry, jnp.zeros((), bool)
+        return carry, pack(out) if self.program.outputs == "steps" else out
 
     def _ended(self, carry: Any, out: Any) -> tuple[Any, Any, Any]:
         watched = self.program.watch(carry) if self.program.watch else ()
