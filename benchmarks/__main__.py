@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import page
 
-_NAMES = ("imports", "unused", "nonfinite", "dispatch", "memory", "overlap", "epoch")
+_NAMES = ("imports", "unused", "nonfinite", "dispatch", "memory", "overlap", "write", "epoch")
 
 
 def main() -> int:

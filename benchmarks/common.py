@@ -18,7 +18,9 @@ from typing import Any
 __all__ = ["RESULTS", "arguments", "best_of", "interleaved", "median", "ratio", "report", "spread"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_PACKAGES = ("jaxhandler", "jax", "jaxlib", "flax", "optax", "numpy", "keras")
+_PACKAGES = (
+    "jaxhandler", "jax", "jaxlib", "flax", "optax", "numpy", "keras", "h5py", "zarr", "pyarrow",
+)  # fmt: skip
 
 Times = dict[str, list[float]]
 

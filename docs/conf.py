@@ -23,7 +23,7 @@ from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[1]
 # Names that pages and docstrings use already.
-PLANNED = ("jaxhandler.copy_rows", "jaxhandler.ensemble")
+PLANNED = ("jaxhandler.ensemble",)
 
 project = "jaxhandler"
 author = copyright = "The jaxhandler authors"

@@ -6,6 +6,7 @@ from jaxhandler.errors import NonFiniteError as NonFiniteError
 from jaxhandler.handlers import callbacks as callbacks
 from jaxhandler.handlers.calculator import Calculator as Calculator
 from jaxhandler.handlers.calculator import calculator as calculator
+from jaxhandler.handlers.copying import copy_rows as copy_rows
 from jaxhandler.handlers.handler import Handler as Handler
 from jaxhandler.handlers.handler import handler as handler
 from jaxhandler.handlers.trainer import Trainer as Trainer
@@ -45,6 +46,7 @@ __all__ = [
     "calculator",
     "callbacks",
     "cast",
+    "copy_rows",
     "data_size",
     "from_linen",
     "from_nnx",

@@ -1,13 +1,13 @@
-"""Files that are whole or absent: atomic writes, digests, manifests that say what is complete."""
+"""Files that are whole or absent: atomic writes, manifests that say what is complete."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from pathlib import Path
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxhandler.errors import explain
@@ -15,7 +15,7 @@ from jaxhandler.errors import explain
 __all__ = [
     "MANIFEST",
     "atomic_write",
-    "digest",
+    "checksum",
     "manifest_of",
     "partial_of",
     "publish",
@@ -23,6 +23,7 @@ __all__ = [
     "recover",
     "remove",
     "replaced_of",
+    "seal",
     "sync_folder",
     "write_manifest",
 ]
@@ -30,6 +31,7 @@ __all__ = [
 MANIFEST = "manifest.json"
 _FORMAT = "jaxhandler"
 _LARGEST_MANIFEST = 64 * 2**20
+_PIECE = 2**20
 
 
 @contextlib.contextmanager
@@ -77,27 +79,64 @@ def sync_folder(path: Path) -> None:
             os.close(handle)
 
 
-def digest(path: str | os.PathLike[str]) -> str:
-    """Returns the SHA-256 of a file in hexadecimal, read in pieces.
+def checksum(path: str | os.PathLike[str]) -> str:
+    """Returns the CRC-32 of a file in hexadecimal, read in pieces.
+
+    It finds what disks and networks do to files, at a third of the cost of a SHA-256, which took
+    longer than the disk did to write the file.
 
     Args:
         path: The file.
 
     Returns:
-        64 hexadecimal digits.
+        8 hexadecimal digits.
 
     Raises:
         OSError: If the file cannot be read.
 
     Example:
         >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "empty"
-        >>> path.touch()
-        >>> digest(path)[:8]
-        'e3b0c442'
+        >>> path = Path(tempfile.mkdtemp()) / "note.txt"
+        >>> _ = path.write_text("whole")
+        >>> checksum(path)
+        'c459294f'
     """
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    crc, piece = 0, bytearray(_PIECE)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            crc = zlib.crc32(memoryview(piece)[:count], crc)
+    return f"{crc:08x}"
+
+
+def seal(path: Path, checksums: Mapping[Path, str]) -> dict[str, dict[str, Any]]:
+    """Makes the files of the unfinished output at `path` last, and says what they are.
+
+    Args:
+        path: Where the output shall appear; its files lie in `path.partial` as yet.
+        checksums: Those known already, by the file they are of; the others are read back.
+
+    Returns:
+        Bytes and CRC-32 of each file by its name, for the manifest: in a folder its path inside.
+
+    Raises:
+        OSError: If a file cannot be read, or the disk fails.
+    """
+    partial = partial_of(path)
+    found = {path.name: partial}
+    if partial.is_dir():
+        everything = sorted(partial.rglob("*"))
+        found = {each.relative_to(partial).as_posix(): each for each in everything}
+        found.pop(MANIFEST, None)
+    entries = {}
+    for name, file in found.items():
+        if file.is_dir():
+            sync_folder(file)
+            continue
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            size = os.fstat(opened.fileno()).st_size
+        entries[name] = {"bytes": size, "crc32": checksums.get(file) or checksum(file)}
+    return entries
 
 
 def partial_of(path: Path) -> Path:
@@ -174,8 +213,9 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
             explain(str(path), seen=f"files {entries!r:.40}", expected=expected, fix=fix)
         )
     for name in entries:
-        if name != os.path.basename(name) or name in ("", ".", ".."):
-            expected = "plain names in its own folder"
+        inside = PurePosixPath(name)
+        if inside.is_absolute() or ".." in inside.parts or str(inside) != name or name == ".":
+            expected = "names inside its own folder"
             raise ValueError(
                 explain(str(path), seen=f"the file {name!r}", expected=expected, fix=fix)
             )
@@ -234,8 +274,14 @@ def recover(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or a folder with all that is in it; absent is fine."""
+    """Deletes a file or a folder with all that is in it; absent is fine.
+
+    The manifest goes last: a folder of which a kill has left something is still known as ours.
+    """
     if path.is_dir() and not path.is_symlink():
+        for each in path.iterdir():
+            if each.name != MANIFEST:
+                remove(each)
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

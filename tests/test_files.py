@@ -1,9 +1,9 @@
 """Files that are whole or absent, and manifests that cannot mislead."""
 
-import hashlib
 import json
 import os
 import threading
+import zlib
 
 import hypothesis
 import hypothesis.strategies as st
@@ -101,29 +101,52 @@ def test_writers_at_the_same_time_do_not_mix(tmp_path):
     assert names(tmp_path) == ["note"]
 
 
-# digest
+# checksum, seal
 
 
 @hypothesis.given(content=st.binary(max_size=1000))
-def test_the_digest_is_sha256(content, tmp_path_factory):
-    path = tmp_path_factory.mktemp("digest") / "x"
+def test_the_checksum_is_crc_32(content, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checksum") / "x"
     path.write_bytes(content)
-    assert files.digest(path) == hashlib.sha256(content).hexdigest()
+    assert files.checksum(path) == f"{zlib.crc32(content):08x}"
 
 
-def test_one_flipped_bit_changes_the_digest(tmp_path):
+def test_one_flipped_bit_changes_the_checksum(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"\0" * 5_000_000)
-    before = files.digest(path)
+    before = files.checksum(path)
     with open(path, "r+b") as file:
         file.seek(4_000_000)
         file.write(b"\1")
-    assert files.digest(path) != before
+    assert files.checksum(path) != before
 
 
-def test_the_digest_of_a_missing_file_is_an_error(tmp_path):
+def test_the_checksum_of_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        files.digest(tmp_path / "x")
+        files.checksum(tmp_path / "x")
+
+
+def test_a_file_is_sealed_by_its_final_name(tmp_path):
+    (tmp_path / "x.npy.partial").write_bytes(b"rows")
+    assert files.seal(tmp_path / "x.npy", {}) == {"x.npy": {"bytes": 4, "crc32": "0a8bf4a1"}}
+
+
+def test_a_folder_is_sealed_with_all_that_is_in_it_but_its_manifest(tmp_path):
+    partial = tmp_path / "x.partial"
+    (partial / "a" / "c").mkdir(parents=True)
+    (partial / "a" / "c" / "0").write_bytes(b"rows")
+    (partial / "zarr.json").touch()
+    files.write_manifest(partial / files.MANIFEST, {"complete": False})
+    assert files.seal(tmp_path / "x", {}) == {
+        "a/c/0": {"bytes": 4, "crc32": "0a8bf4a1"},
+        "zarr.json": {"bytes": 0, "crc32": "00000000"},
+    }
+
+
+def test_a_checksum_that_is_known_is_not_computed_again(tmp_path):
+    partial = tmp_path / "x.npy.partial"
+    partial.write_bytes(b"rows")
+    assert files.seal(tmp_path / "x.npy", {partial: "known"})["x.npy"]["crc32"] == "known"
 
 
 # Manifests
@@ -185,12 +208,20 @@ def test_an_oversized_manifest_is_refused_unread(tmp_path):
         files.read_manifest(path)
 
 
-@pytest.mark.parametrize("name", ["../x.npy", "/etc/passwd", "a/b.npy", "", ".", ".."])
+@pytest.mark.parametrize(
+    "name", ["../x.npy", "a/../../x.npy", "/etc/passwd", "a//b", "./a", "a/", "", ".", ".."]
+)
 def test_a_manifest_that_names_files_outside_is_refused(name, tmp_path):
     path = tmp_path / files.MANIFEST
     path.write_text(json.dumps({"format": "jaxhandler", "files": {"x.npy": {}, name: {}}}))
-    with pytest.raises(ValueError, match=f"saw the file '{name}', expected plain names"):
+    with pytest.raises(ValueError, match=f"saw the file '{name}', expected names inside"):
         files.read_manifest(path)
+
+
+def test_a_manifest_may_name_files_in_folders_of_its_own(tmp_path):
+    path = tmp_path / files.MANIFEST
+    files.write_manifest(path, {"files": {"a/c/0": {}}})
+    assert files.read_manifest(path)["files"] == {"a/c/0": {}}
 
 
 @pytest.mark.parametrize("entries", [None, 3, "x.npy", ["x.npy"], {"x.npy": 3}], ids=str)

@@ -1,8 +1,7 @@
-"""Where outputs go: memory, the device, a `.npy` file, or a folder of them."""
+"""Where outputs go: memory, the device, a file, or a folder."""
 
-import hashlib
-import io
 import os
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,12 +12,36 @@ import numpy as np
 from jaxhandler import files
 from jaxhandler.data.dtypes import aligned_empty
 from jaxhandler.data.sources import open_source
+from jaxhandler.data.writers.arrow import ARROW, PARQUET
+from jaxhandler.data.writers.format import Format, Writer, describe, library
+from jaxhandler.data.writers.hdf5 import HDF5
+from jaxhandler.data.writers.npy import NPY, NPY_FOLDER
+from jaxhandler.data.writers.zarr import ZARR
 from jaxhandler.errors import a_type, explain
 from jaxhandler.trees import leaves_with_paths
 
-__all__ = ["BlockSink", "DeviceSink", "FileSink", "HostSink", "Sink", "check_sink", "open_sink"]
+__all__ = [
+    "FORMATS",
+    "BlockSink",
+    "DeviceSink",
+    "FileSink",
+    "HostSink",
+    "Sink",
+    "check_sink",
+    "open_sink",
+]
 
-_MOST_BUFFERS = 1024
+FORMATS: dict[str, Format] = {
+    ".npy": NPY,
+    ".zarr": ZARR,
+    ".h5": HDF5,
+    ".hdf5": HDF5,
+    ".arrow": ARROW,
+    ".parquet": PARQUET,
+    "": NPY_FOLDER,
+}
+"""By the ending of the path; what has none is a folder of `.npy` files."""
+_COLUMNS = (".npy", ".arrow", ".parquet")
 
 
 class Sink(Protocol):
@@ -36,22 +59,24 @@ class Sink(Protocol):
     def abort(self) -> None: ...
 
 
-def open_sink(out: Any, specs: Any, *, row_axis: int = 0) -> Sink:
+def open_sink(
+    out: Any, specs: Any, *, row_axis: int = 0, rows_per_write: int | None = None
+) -> Sink:
     """Returns the sink for outputs of the types `specs`.
 
     Args:
-        out: None for NumPy arrays in memory, "device" for JAX arrays, or a path: one that ends in
-            `.npy` for a single array, any other for a folder with one `.npy` file per leaf.
+        out: None for NumPy arrays in memory, "device" for JAX arrays, or a path as in `FileSink`.
         specs: A tree of `jax.ShapeDtypeStruct`, all rows at `row_axis`.
         row_axis: Which axis the rows are.
+        rows_per_write: Rows that a write brings, the last one fewer; None for all at once.
 
     Returns:
         A sink.
 
     Raises:
         OSError: If the disk has no room for the file.
-        TypeError: If a leaf's dtype has no place in NumPy or a `.npy` file, or `out` is no path.
-        ValueError: If a tree shall go to a single `.npy` file, or leaves to no file names.
+        TypeError: If a leaf's dtype has no place in NumPy or in the file, or `out` is no path.
+        ValueError: If the file has no place for the tree, its names or its shapes.
         FileExistsError: If what is there is not ours to replace.
     """
     if out is None:
@@ -63,37 +88,52 @@ def open_sink(out: Any, specs: Any, *, row_axis: int = 0) -> Sink:
     if isinstance(out, str) and out == "device":
         return DeviceSink(specs, row_axis)
     check_sink(out)
-    return FileSink(Path(out), specs, row_axis)
+    return FileSink(Path(out), specs, row_axis, rows_per_write)
 
 
-def check_sink(out: Any) -> None:
+def check_sink(out: Any, data: Any = None, *, argument: str = "out") -> None:
     """Refuses an `out` that no sink can be opened for, before any work.
 
     Args:
         out: As in `open_sink`.
+        data: What is read meanwhile, as `open_source` takes it: a file among the columns of a
+            folder would be one more column the next time.
+        argument: How messages call `out`.
 
     Raises:
         FileNotFoundError: If the folder it shall lie in does not exist.
         FileExistsError: If there is a folder that we have not written, or a file where a folder
             shall be.
+        ImportError: If its format needs a library that is not installed.
         TypeError: If it is no path.
-        ValueError: If its ending is not known.
+        ValueError: If its ending is not known, or it lies among the columns of `data`.
     """
     if out is None:
         return
     if not isinstance(out, str | os.PathLike):
-        seen = a_type(out)
-        raise TypeError(explain("out", seen=seen, expected="a path, or None for arrays in memory"))
+        expected = "a path, or None for arrays in memory"
+        raise TypeError(explain(argument, seen=a_type(out), expected=expected))
     path = Path(out)
-    if path.suffix not in ("", ".npy"):
-        fix = "Write .npy, or a folder for a tree of outputs."
-        seen = f"the ending {path.suffix!r}"
-        raise ValueError(explain("out", seen=seen, expected=".npy or a folder", fix=fix))
+    form = FORMATS.get(path.suffix)
+    if form is None:
+        endings = ", ".join(ending for ending in FORMATS if ending)
+        seen, expected = f"the ending {path.suffix!r}", f"{endings}, or none for a folder"
+        raise ValueError(explain(argument, seen=seen, expected=expected))
+    if form.requires:
+        library(form.requires)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"out: the folder {path.parent} does not exist. Make it first.")
+        text = f"{argument}: the folder {path.parent} does not exist. Make it first."
+        raise FileNotFoundError(text)
     for place in (path, files.partial_of(path), files.replaced_of(path)):
-        if not _replaceable(place, folder=not path.suffix):
-            raise FileExistsError(f"out: no earlier run wrote {place}. Name another, or delete it.")
+        if not _replaceable(place, folder=form.folder):
+            text = f"{argument}: no earlier run wrote {place}. Name another, or delete it."
+            raise FileExistsError(text)
+    for leaf in jax.tree.leaves(data) if path.suffix in _COLUMNS else ():
+        among = isinstance(leaf, str | os.PathLike) and Path(leaf).is_dir()
+        if among and path.parent.samefile(leaf):
+            fix = "Write elsewhere, or name the columns to read one by one."
+            seen, expected = f"{path} in {leaf}", "a place outside the folder that is read"
+            raise ValueError(explain(argument, seen=seen, expected=expected, fix=fix))
 
 
 class HostSink:
@@ -164,50 +204,65 @@ class BlockSink:
 
 
 class FileSink:
-    """Writes outputs to `path.partial`, which becomes `path` when the last row is on disk."""
+    """Writes outputs to `path.partial`, which becomes `path` when the last row is on disk.
 
-    def __init__(self, path: Path, specs: Any, row_axis: int) -> None:
-        self._path, self._axis = path, row_axis
+    Args:
+        path: Where the output shall appear. Its ending tells the format: `.npy` for one array,
+            `.zarr` and `.h5` for arrays in groups, `.arrow` and `.parquet` for one column per leaf;
+            none for a folder with one `.npy` file per leaf.
+        specs: A tree of `jax.ShapeDtypeStruct`.
+        row_axis: Which axis the rows are.
+        rows_per_write: Rows that a write brings: those of a chunk, a record batch or a row group.
+        argument: How messages call `path`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        specs: Any,
+        row_axis: int = 0,
+        rows_per_write: int | None = None,
+        argument: str = "out",
+    ) -> None:
+        self._path, self._axis, form = path, row_axis, FORMATS[path.suffix]
+        output = describe(
+            specs, row_axis=row_axis, rows_per_write=rows_per_write, argument=argument
+        )
+        form.check(output)
         partial = files.partial_of(path)
-        names = _column_names(specs, path)
         files.recover(path)
         files.remove(partial)
-        folder = partial
-        if path.suffix == ".npy":
-            folder = partial.parent
-        else:
+        if form.folder:
             partial.mkdir()
-        leaves = jax.tree.leaves(specs)
-        rows = leaves[0].shape[row_axis]
-        self._missing = rows
-        self._manifest = {"kind": "rows", "rows": rows, "row_axis": row_axis}
-        unfinished = {**self._manifest, "complete": False}
+        self._missing = output.num_rows
+        self._manifest = {"kind": "rows", "rows": output.num_rows, "row_axis": row_axis}
+        self._run = uuid.uuid4().hex
+        unfinished = {**self._manifest, "complete": False, "run": self._run}
         files.write_manifest(files.manifest_of(partial), unfinished)
-        self._columns: dict[str, _NpyWriter] = {}
-        try:
-            for name, spec in zip(names, leaves, strict=True):
-                file = partial if folder != partial else folder / name
-                self._columns[name] = _NpyWriter(file, spec.shape, np.dtype(spec.dtype), row_axis)
-        except BaseException:
-            self.abort()
-            raise
+        self._writer: Writer = form.open(partial, output)
 
     def write(self, start: int, pieces: list[Any]) -> None:
-        self._missing -= sum(jax.tree.leaves(piece)[0].shape[self._axis] for piece in pieces)
+        leaves = [[np.asarray(leaf) for leaf in jax.tree.leaves(piece)] for piece in pieces]
+        rows = sum(arrays[0].shape[self._axis] for arrays in leaves)
+        self._missing -= rows
         self._check(self._missing >= 0)
-        columns = zip(*(jax.tree.leaves(piece) for piece in pieces), strict=True)
-        for writer, arrays in zip(self._columns.values(), columns, strict=True):
-            writer.write(start, [np.ascontiguousarray(array) for array in arrays])
+        self._check_owner()
+        if rows:
+            self._writer.write(start, [list(arrays) for arrays in zip(*leaves, strict=True)])
 
     def finish(self) -> Any:
-        self._check(self._missing == 0)
-        entries = {name: writer.finish() for name, writer in self._columns.items()}
-        files.publish(self._path, {**self._manifest, "files": entries})
+        self.publish()
         return open_source(self._path)
 
+    def publish(self) -> None:
+        """Makes the output last and lets it appear."""
+        self._check(self._missing == 0)
+        self._check_owner()
+        entries = files.seal(self._path, self._writer.finish())
+        files.publish(self._path, {**self._manifest, "files": entries})
+
     def abort(self) -> None:
-        for writer in self._columns.values():
-            writer.close()
+        self._writer.close()
 
     def _check(self, fits: bool) -> None:
         if not fits:
@@ -215,107 +270,14 @@ class FileSink:
             seen = f"{rows - self._missing} rows written"
             raise ValueError(explain(str(self._path), seen=seen, expected=f"{rows} as promised"))
 
-
-class _NpyWriter:
-    """Writes rows of one `.npy` file in place with `pwrite`, its room reserved beforehand."""
-
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype, row_axis: int) -> None:
-        header = io.BytesIO()
-        description = {"descr": dtype.str, "fortran_order": False, "shape": tuple(shape)}
-        np.lib.format.write_array_header_1_0(header, description)
-        self._path, self._shape, self._axis = path, shape, row_axis
-        self._offset = len(header.getvalue())
-        self._bytes = self._offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        self._row_bytes = int(np.prod(shape[row_axis + 1 :], dtype=np.int64)) * dtype.itemsize
-        # A digest costs nothing where bytes are written in file order, and is read back elsewhere.
-        self._sha = hashlib.sha256(header.getvalue()) if row_axis == 0 else None
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        try:
-            _reserve(self._file, self._bytes)
-            _write_all(self._file, [memoryview(header.getvalue())], 0)
-        except BaseException:
-            self.close()
-            raise
-
-    def write(self, start: int, arrays: list[np.ndarray]) -> None:
-        outer = int(np.prod(self._shape[: self._axis], dtype=np.int64))
-        rows = self._shape[self._axis]
-        for member in range(outer):
-            parts = [array.reshape(outer, -1)[member] for array in arrays]
-            views = [memoryview(part.view(np.uint8)) for part in parts if part.size]
-            position = self._offset + (member * rows + start) * self._row_bytes
-            _write_all(self._file, views, position)
-            if self._sha is not None:
-                for view in views:
-                    self._sha.update(view)
-
-    def finish(self) -> dict[str, Any]:
-        os.fsync(self._file)
-        self.close()
-        sha = self._sha.hexdigest() if self._sha is not None else files.digest(self._path)
-        return {"bytes": self._bytes, "sha256": sha}
-
-    def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-
-def _reserve(file: int, size: int) -> None:
-    """Makes a full disk an OSError now, where the file system can promise room at all."""
-    os.ftruncate(file, size)
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(file, 0, size)
-        except OSError as error:
-            import errno
-
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-
-
-def _write_all(file: int, views: list[memoryview], position: int) -> None:
-    views = list(views)
-    while views:
-        count = os.pwritev(file, views[:_MOST_BUFFERS], position)
-        position += count
-        while views and count >= len(views[0]):
-            count -= len(views.pop(0))
-        if count:
-            views[0] = views[0][count:]
-
-
-def _column_names(specs: Any, path: Path) -> list[str]:
-    leaves = leaves_with_paths(specs)
-    if not leaves:
-        raise ValueError(explain("out", seen="no output leaves", expected="at least one"))
-    if path.suffix == ".npy" and len(leaves) != 1:
-        fix = "Name a folder instead, without the ending .npy."
-        seen = f"{len(leaves)} output leaves"
-        raise ValueError(explain("out", seen=seen, expected="one for a .npy file", fix=fix))
-    for name, spec in leaves:
-        if not _npy_knows(spec.dtype):
-            fix = "Give float32 instead, with jh.cast(..., output=jnp.float32) for instance."
-            seen = f"{spec.dtype} in outputs{name}"
-            raise TypeError(explain("out", seen=seen, expected="a dtype .npy files know", fix=fix))
-    if path.suffix == ".npy":
-        return [path.name]
-    names = []
-    for keys, _ in jax.tree_util.tree_flatten_with_path(specs)[0]:
-        parts = [jax.tree_util.keystr((key,), simple=True) for key in keys]
-        names.append((".".join(parts) or "outputs") + ".npy")
-    if len(set(names)) < len(names) or any(name != os.path.basename(name) for name in names):
-        fix = "Name output leaves so that they make different file names."
-        raise ValueError(explain("out", seen=str(names), expected="one file per leaf", fix=fix))
-    return names
-
-
-def _npy_knows(dtype: Any) -> bool:
-    """Whether a `.npy` file gives the dtype back: not so for bfloat16 and its like, or keys."""
-    try:
-        return np.dtype(np.dtype(dtype).str) == dtype
-    except TypeError:
-        return False
+    def _check_owner(self) -> None:
+        """Refuses to go on where another run has begun an output of the same name."""
+        partial = files.partial_of(self._path)
+        manifest = files.read_manifest(files.manifest_of(partial)) or {}
+        if manifest.get("run") != self._run:
+            fix = "Give each run an output of its own."
+            seen, expected = "another run that writes there", "one at a time"
+            raise FileExistsError(explain(str(self._path), seen=seen, expected=expected, fix=fix))
 
 
 def _replaceable(place: Path, *, folder: bool) -> bool:
@@ -324,7 +286,9 @@ def _replaceable(place: Path, *, folder: bool) -> bool:
         return True
     if place.is_dir() != folder:
         return False
-    empty = folder and not any(place.iterdir())
+    # A kill may have left a manifest half written and nothing else.
+    half = f".{files.MANIFEST}."
+    empty = folder and all(each.name.startswith(half) for each in place.iterdir())
     return not folder or empty or files.read_manifest(files.manifest_of(place)) is not None
 
 

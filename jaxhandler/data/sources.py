@@ -247,7 +247,7 @@ def _check_sizes(path: Path, manifest: dict[str, Any]) -> None:
     """Refuses an output of ours that something else has changed since."""
     for name, entry in manifest.get("files", {}).items():
         file = path / name if path.is_dir() else path
-        if file.name != name:
+        if not path.is_dir() and file.name != name:
             continue
         found = f"{file.stat().st_size} bytes" if file.exists() else "no such file"
         expected = f"{entry.get('bytes')} bytes"

@@ -72,9 +72,12 @@ class Calculator(Handler):
         Args:
             params: The parameters, any pytree; read only, never donated.
             data: What `jh.open_source` takes.
-            out: None for NumPy arrays; or a path, of a `.npy` file for a single output, of a folder
-                (one `.npy` file per leaf) for a tree. It appears when the last row is on disk, and
-                a small manifest with its digest beside or inside it.
+            out: None for NumPy arrays; or a path, whose ending tells the format: `.npy` for a
+                single output; `.zarr` (a chunk per macrobatch) or `.h5` for a tree, groups by its
+                paths; `.arrow` or `.parquet` for one column per leaf, called `a.b` for the path
+                `a/b`; none for a folder with one `.npy` file per leaf, called likewise. It appears
+                when the last row is on disk, and a small manifest with the sizes and checksums of
+                its files beside or inside it.
             macrobatch_size: Rows on the device at once, rounded down to whole batches, or "auto".
             on_macrobatch_start: Called with a `Progress` before each macrobatch.
             on_macrobatch_finish: Called with a `Progress` once its batches are under way.
@@ -98,7 +101,7 @@ class Calculator(Handler):
             >>> calc.calc_from_host(3.0, np.arange(3, dtype=np.float32), macrobatch_size=2)
             array([0., 3., 6.], dtype=float32)
         """
-        check_sink(out)
+        check_sink(out, data)
         options = Options(
             macrobatch_size=macrobatch_size,
             on_macrobatch_start=on_macrobatch_start,

@@ -104,8 +104,9 @@ class Handler:
             carry: What the step threads, any pytree; never donated, a copy of it is.
             data: What `jh.open_source` takes.
             consts: What the step only reads, any pytree.
-            out: Where outputs of rows go: None for NumPy arrays, or a path of a `.npy` file or of a
-                folder.
+            out: Where outputs of rows go: None for NumPy arrays, or a path that ends in `.npy`,
+                `.zarr`, `.h5`, `.arrow` or `.parquet`, or without an ending for a folder of `.npy`
+                files; `Calculator.calc_from_host` says what each holds.
             macrobatch_size: Rows on the device at once, rounded down to whole batches, or "auto".
             shuffle: None, "blocks", "rows" or "global".
             key: The order key, needed to shuffle.
@@ -131,7 +132,7 @@ class Handler:
             >>> total.handle_from_host(0.0, np.ones(1000, np.float32), macrobatch_size=256)
             (Array(1000., dtype=float32), None)
         """
-        check_sink(out)
+        check_sink(out, data)
         options = Options(
             macrobatch_size=macrobatch_size,
             shuffle=shuffle,

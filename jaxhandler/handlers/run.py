@@ -143,7 +143,8 @@ class Run:
         program, axis = self.program, self.program.row_axis
         if program.outputs != "rows" or out == "blocks":
             return BlockSink(axis if program.outputs == "rows" else 0)
-        return open_sink(out, joined_specs(self.traced.out, self.num_rows, axis), row_axis=axis)
+        specs = joined_specs(self.traced.out, self.num_rows, axis)
+        return open_sink(out, specs, row_axis=axis, rows_per_write=self.size)
 
     def read(self, lane: Lane) -> Iterator[Macrobatch]:
         """Returns an iterator of macrobatches in host memory, in the order visited."""

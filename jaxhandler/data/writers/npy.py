@@ -1,0 +1,67 @@
+"""A `.npy` file for one array, or a folder with one for each leaf of a tree."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+
+from jaxhandler.data.writers.format import Format, Output, check_dtypes, check_names, dotted
+from jaxhandler.data.writers.raw import ArrayFile
+from jaxhandler.errors import explain
+
+__all__ = ["NPY", "NPY_FOLDER"]
+
+
+def _check(output: Output) -> None:
+    if len(output.leaves) != 1:
+        fix = "Name a folder instead, without the ending .npy."
+        seen, expected = f"{len(output.leaves)} output leaves", "one for a .npy file"
+        raise ValueError(explain(output.argument, seen=seen, expected=expected, fix=fix))
+    check_dtypes(output, ".npy")
+
+
+def _check_folder(output: Output) -> None:
+    check_dtypes(output, ".npy")
+    names = (f"{dotted(leaf)}.npy" for leaf in output.leaves)
+    check_names(output, names, "one file per leaf", lambda name: name == os.path.basename(name))
+
+
+def _open(path: Path, output: Output) -> "_NpyFiles":
+    return _NpyFiles([path], output)
+
+
+def _open_folder(path: Path, output: Output) -> "_NpyFiles":
+    return _NpyFiles([path / f"{dotted(leaf)}.npy" for leaf in output.leaves], output)
+
+
+class _NpyFiles:
+    """One `.npy` file per leaf, written in place."""
+
+    def __init__(self, paths: list[Path], output: Output) -> None:
+        self._files: dict[Path, ArrayFile] = {}
+        for path, leaf in zip(paths, output.leaves, strict=True):
+            dtype = np.dtype(leaf.dtype)
+            header = _header(leaf.shape, dtype)
+            self._files[path] = ArrayFile(path, leaf.shape, dtype, output.row_axis, header)
+
+    def write(self, start: int, columns: list[list[np.ndarray]]) -> None:
+        for file, arrays in zip(self._files.values(), columns, strict=True):
+            file.write(start, arrays)
+
+    def finish(self) -> dict[Path, str]:
+        return {path: file.checksum for path, file in self._files.items() if file.checksum}
+
+    def close(self) -> None:
+        pass
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    header = io.BytesIO()
+    description = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.getvalue()
+
+
+NPY = Format(_check, _open)
+NPY_FOLDER = Format(_check_folder, _open_folder, folder=True)
