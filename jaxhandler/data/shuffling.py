@@ -60,9 +60,9 @@ class Buckets:
         order, counts = np.argsort(buckets, kind="stable"), np.bincount(buckets)
         rows = self._source.read(start, stop)
         for number, leaf in enumerate(jax.tree.leaves(rows)):
-            by_bucket, taken = np.take(leaf, order, axis=0), 0
+            taken = 0
             for bucket in np.flatnonzero(counts).tolist():
-                piece = by_bucket[taken : taken + counts[bucket]]
+                piece = np.take(leaf, order[taken : taken + counts[bucket]], axis=0)
                 self._write(number, bucket * self._size + int(self._filled[bucket]), piece)
                 taken += len(piece)
         self._filled[: len(counts)] += counts

@@ -26,7 +26,7 @@ from jaxhandler.typing import Progress, RunReport
 
 __all__ = ["copy_rows"]
 
-_BLOCK = 64 * 2**20
+_BLOCK = 32 * 2**20
 
 
 def copy_rows(
@@ -39,7 +39,7 @@ def copy_rows(
 ) -> Source:
     """Copies rows into a file or folder of another format, if asked in a random order.
 
-    Rows pass through memory in blocks of up to 64 MiB, each one chunk, record batch or row group of
+    Rows pass through memory in blocks of up to 32 MiB, each one chunk, record batch or row group of
     the copy. They are copied as the device would get them: without `jax_enable_x64` float64 becomes
     float32.
 
