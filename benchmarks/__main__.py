@@ -9,7 +9,9 @@ from pathlib import Path
 
 from benchmarks import page
 
-_NAMES = ("imports", "unused", "nonfinite", "dispatch", "memory", "overlap", "write", "epoch")
+_NAMES = (
+    "imports", "unused", "nonfinite", "dispatch", "memory", "read", "write", "overlap", "epoch",
+)  # fmt: skip
 
 
 def main() -> int:

@@ -15,11 +15,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "arguments", "best_of", "interleaved", "median", "ratio", "report", "spread"]
+__all__ = [
+    "RESULTS",
+    "arguments",
+    "best_of",
+    "forget_pages",
+    "interleaved",
+    "load_pages",
+    "median",
+    "ratio",
+    "report",
+    "spread",
+]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _PACKAGES = (
-    "jaxhandler", "jax", "jaxlib", "flax", "optax", "numpy", "keras", "h5py", "zarr", "pyarrow",
+    "jaxhandler", "jax", "jaxlib", "flax", "optax", "numpy", "keras",
+    "h5py", "pyarrow", "safetensors", "tensorstore", "zarr",
 )  # fmt: skip
 
 Times = dict[str, list[float]]
@@ -95,6 +107,20 @@ def best_of(times: Times, names: Sequence[str]) -> str:
     The smallest of each round instead would pick whatever the noise favoured.
     """
     return min(names, key=lambda name: median(times, name))
+
+
+def forget_pages(path: Path) -> None:
+    """Drops a file's pages from the page cache, as far as the system lets go of them."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def load_pages(path: Path) -> None:
+    """Reads a file into the page cache."""
+    with open(path, "rb", buffering=0) as file:
+        buffer = bytearray(2**20)
+        while file.readinto(buffer):
+            pass
 
 
 def report(

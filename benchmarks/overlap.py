@@ -36,7 +36,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxhandler as jh
-from benchmarks.common import RESULTS, Times, arguments, interleaved, median, report
+from benchmarks.common import (
+    RESULTS,
+    Times,
+    arguments,
+    forget_pages,
+    interleaved,
+    load_pages,
+    median,
+    report,
+)
 
 _COLUMNS = (
     "pages", "layers", "read ms", "compute ms", "serial ms", "overlapped ms", "of larger",
@@ -66,7 +75,7 @@ def main() -> None:
 
 
 def _row(path: Path, pages: str, size: int, macrobatches: int, rounds: int) -> dict[str, Any]:
-    before = (lambda: _forget(path)) if pages == "cold" else (lambda: _warm(path))
+    before = (lambda: forget_pages(path)) if pages == "cold" else (lambda: load_pages(path))
     source = jh.open_source(path)
 
     def read() -> None:
@@ -131,18 +140,6 @@ def _write(path: Path, size: int, macrobatches: int) -> None:
     rows.flush()
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def _forget(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _warm(path: Path) -> None:
-    with open(path, "rb", buffering=0) as file:
-        buffer = bytearray(2**20)
-        while file.readinto(buffer):
-            pass
 
 
 def _model(layers: int) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:

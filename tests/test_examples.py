@@ -44,6 +44,25 @@ def test_the_quickstart_runs_on_a_few_rows_and_cleans_up(tmp_path: Path) -> None
     assert not list(scratch.glob("jaxhandler-*"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits itself as Linux lets it")
+def test_the_example_larger_than_memory_stays_within_its_limit(tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    printed = run(
+        "larger_than_memory.py",
+        folder,
+        LARGER_ROWS="300000",
+        LARGER_EPOCHS="3",
+        TMPDIR=str(scratch),
+    )
+    assert accuracy_in(printed) >= 95
+    assert "read as such" in printed
+    assert [path.name for path in folder.iterdir()] == ["larger_than_memory.png"]
+    assert not list(scratch.iterdir())
+
+
 @pytest.mark.slow
 def test_the_quickstart_reads_97_of_100_held_out_digits(tmp_path: Path) -> None:
     assert accuracy_in(run("quickstart.py", tmp_path)) >= 97

@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxhandler.data.buffers import aligned_copy, aligned_empty
+from jaxhandler.data.buffers import aligned_copy
 from jaxhandler.errors import check_choice, explain, warn
 
-__all__ = ["aligned_copy", "aligned_empty", "check_dtype", "check_fits", "narrow"]
+__all__ = ["check_dtype", "check_fits", "narrow"]
 
 _REMEDIES = {
     "O": "Convert it to numbers first, with .astype(...), in rows of one length.",

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxhandler.data.dtypes import aligned_empty
+from jaxhandler.data.buffers import aligned_empty
 from jaxhandler.data.order import Visit
 from jaxhandler.data.sources import Source
 from jaxhandler.data.writers.raw import reserve, write_all

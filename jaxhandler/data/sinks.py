@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler import files
-from jaxhandler.data.dtypes import aligned_empty
+from jaxhandler.data.buffers import aligned_empty
 from jaxhandler.data.sources import open_source
 from jaxhandler.data.writers.arrow import ARROW, PARQUET
 from jaxhandler.data.writers.format import Format, Writer, describe, library

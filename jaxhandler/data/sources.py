@@ -1,25 +1,26 @@
-"""Where rows come from: arrays, files, anything that slices, and trees of these."""
+"""Where rows come from: arrays, files, stores, anything that slices, and trees of these."""
 
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxhandler import files
-from jaxhandler.data.columns import (
-    Column,
-    array_column,
-    device_column,
-    npy_column,
-    slicing_column,
-)
+from jaxhandler.data.columns import array_reader, device_reader, slicing_reader
 from jaxhandler.data.dtypes import check_dtype, check_fits, narrow
-from jaxhandler.errors import a_type, explain, warn
+from jaxhandler.data.readers.complete import check_complete
+from jaxhandler.data.readers.formats import readers_of
+from jaxhandler.data.readers.hdf5 import dataset_reader
+from jaxhandler.data.readers.reader import Reader, Stored
+from jaxhandler.data.readers.rows import is_row_source, rows_reader
+from jaxhandler.data.readers.tensorstore import is_spec, is_url, tensorstore_reader
+from jaxhandler.data.readers.zarr import zarr_array_reader
+from jaxhandler.errors import a_type, check_choice, explain
 from jaxhandler.trees import data_size, leaves_with_paths
 
 __all__ = ["Source", "open_source", "resident_source"]
@@ -71,16 +72,58 @@ class Source:
         return f"Source({self.num_rows:,} rows, {columns})"
 
 
-def open_source(data: Any, *, narrowing: str = "warn", argument: str = "data") -> Source:
+class _Policy(NamedTuple):
+    """What a source does with what does not fit: the arguments of `open_source`."""
+
+    narrowing: str
+    missing_chunks: str
+
+
+def open_source(
+    data: Any,
+    *,
+    narrowing: str = "warn",
+    missing_chunks: str = "raise",
+    argument: str = "data",
+) -> Source:
     """Returns a source of the rows of `data`.
 
+    No rows are read: the number of rows, shapes and dtypes come from headers and metadata. Only a
+    source of single rows is asked for its row 0.
+
+    The leaves of `data` are:
+
+    - NumPy and JAX arrays, memmaps, opened sources;
+    - open HDF5 and Zarr arrays, and other objects with `shape`, `dtype` and slicing; HDF5 and Zarr
+      groups become dicts;
+    - sources of single rows: objects with `__len__` and `__getitem__`, a Grain `MapDataset` for
+      instance, whose rows are trees of arrays or numbers. Several threads ask for rows at once;
+    - paths of files: `.npy`, `.npz`, `.h5` or `.hdf5`, `.safetensors`, and the tables `.parquet`,
+      `.arrow` and `.feather` (Arrow IPC). A file of one array becomes that array, others a dict by
+      name, nested as groups are. Lists of one fixed size and fixed-shape tensors become the axes
+      after the rows;
+    - paths of folders: of `.npy` files (a dict, one column each), of Parquet or Arrow files (the
+      parts of one table, in the order of their names), of a Zarr array or group;
+    - URLs, and TensorStore specs (dicts with a "driver"), which TensorStore reads.
+
+    HDF5, Zarr, Parquet, Arrow and TensorStore need the extra `io`. Rows that lie in a file as they
+    lie in memory are read past its library: in `.npy`, `.safetensors`, `.npz` that is not
+    compressed, contiguous HDF5, Zarr without codecs whose chunks hold whole rows, and Arrow that is
+    not compressed. Files are opened for each read, so that none stays open; one that was changed
+    meanwhile is refused (`.npy` and Zarr may change in place). Slow codecs, and chunks of which
+    reads use little, get one warning.
+
+    Scattered rows, which `shuffle="global"` needs, come from all of these but compressed `.npz` and
+    objects that only slice. From compressed formats they cost the whole chunks they lie in.
+
     Args:
-        data: Any pytree or mapping, one leading size `N`, whose leaves are NumPy or JAX arrays,
-            memmaps, objects with `shape`, `dtype` and slicing (HDF5 and Zarr arrays), opened
-            sources, or paths of a `.npy` file or a folder of them (one column each).
+        data: Any pytree or mapping, one leading size `N`, whose leaves are as above.
         narrowing: What a float64 leaf does where JAX would make it float32: "warn" (once, naming
             the leaf), "raise" or "allow". A 64-bit integer that does not fit always raises: before
             a run begins for arrays in memory and files up to 256 MiB, else when its rows are read.
+        missing_chunks: What a chunk of a Zarr array does that is not in its store: "raise", because
+            it may be lost, or "fill" with the array's fill value, because many writers leave out
+            chunks that hold nothing else. TensorStore's other chunked formats follow it, too.
         argument: How messages call `data`.
 
     Returns:
@@ -88,21 +131,44 @@ def open_source(data: Any, *, narrowing: str = "warn", argument: str = "data") -
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        TypeError: If a leaf is no array or has a dtype JAX does not have.
-        ValueError: If leaves disagree about `N`, or a file is damaged, cut or incomplete.
+        ImportError: If the library for a format is not installed; names the extra.
+        TypeError: If a leaf is no array or has a type JAX does not have: text, dates, nested or
+            ragged columns.
+        ValueError: If leaves disagree about `N`; if a file is damaged, cut, incomplete or changed
+            since it was opened; if a column holds nulls, or parts of a table differ.
 
     Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "x.npy"
-        >>> np.save(path, np.arange(6, dtype=np.float32))
-        >>> open_source(path).read(1, 3)
-        array([1., 2.], dtype=float32)
+        >>> import h5py, zarr
+        >>> import pyarrow as pa
+        >>> import pyarrow.parquet as pq
+        >>> x, y = np.arange(12, dtype=np.float32).reshape(6, 2), np.arange(6, dtype=np.int32)
+        >>> np.save("x.npy", x)
+        >>> open_source("x.npy").read(1, 3)
+        array([[2., 3.],
+               [4., 5.]], dtype=float32)
+        >>> np.savez("rows.npz", x=x, y=y)
+        >>> with h5py.File("rows.h5", "w") as file:
+        ...     file["x"], file["y"] = x, y
+        >>> group = zarr.create_group("rows.zarr")
+        >>> _ = group.create_array("x", data=x), group.create_array("y", data=y)
+        >>> lists = pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), 2)
+        >>> pq.write_table(pa.table({"x": lists, "y": y}), "rows.parquet")
+        >>> for name in ("rows.npz", "rows.h5", "rows.zarr", "rows.parquet"):
+        ...     print(open_source(name))
+        Source(6 rows, ['x'] float32[N, 2], ['y'] int32[N])
+        Source(6 rows, ['x'] float32[N, 2], ['y'] int32[N])
+        Source(6 rows, ['x'] float32[N, 2], ['y'] int32[N])
+        Source(6 rows, ['x'] float32[N, 2], ['y'] int32[N])
+        >>> import grain
+        >>> rows = grain.MapDataset.range(6).map(lambda i: {"square": i * i})
+        >>> open_source({"x": "x.npy", "row": rows}).take(np.array([5, 0]))["row"]
+        {'square': array([25,  0], dtype=int32)}
     """
     if isinstance(data, Source):
         return data
-    return _combine(
-        data, argument, lambda name, leaf: _open_leaf(name, leaf, narrowing, argument=argument)
-    )
+    check_choice("missing_chunks", missing_chunks, ("raise", "fill"))
+    policy = _Policy(narrowing, missing_chunks)
+    return _combine(data, argument, lambda name, leaf: _open_leaf(name, leaf, policy))
 
 
 def resident_source(data: Any, *, argument: str = "data") -> Source:
@@ -128,13 +194,12 @@ def resident_source(data: Any, *, argument: str = "data") -> Source:
 
 def _combine(data: Any, argument: str, open_leaf: Callable[[str, Any], Source]) -> Source:
     data = _expand(data)
-    is_leaf = lambda x: isinstance(x, Source)  # noqa: E731
-    leaves = leaves_with_paths(data, is_leaf)
-    structure = jax.tree.structure(data, is_leaf=is_leaf)
+    leaves = leaves_with_paths(data, _is_leaf)
+    structure = jax.tree.structure(data, is_leaf=_is_leaf)
     if any(isinstance(leaf, int | float | complex) for _, leaf in leaves):
         row = jax.ShapeDtypeStruct((1,), np.float32)
         numbers = lambda x: x if isinstance(x, int | float | complex) else row  # noqa: E731
-        data_size(jax.tree.map(numbers, data, is_leaf=is_leaf), argument=argument)
+        data_size(jax.tree.map(numbers, data, is_leaf=_is_leaf), argument=argument)
     parts = [open_leaf(f"{argument}{path}", leaf) for path, leaf in leaves]
     if structure == jax.tree.structure(0):
         return parts[0]
@@ -167,128 +232,124 @@ def _combine(data: Any, argument: str, open_leaf: Callable[[str, Any], Source]) 
     )
 
 
+def _is_leaf(data: Any) -> bool:
+    return isinstance(data, Source) or is_spec(data)
+
+
 def _expand(data: Any) -> Any:
     """Makes dictionaries of mappings that JAX does not know: HDF5 and Zarr groups, npz files."""
 
     def expand(leaf: Any) -> Any:
         named = hasattr(leaf, "keys") and not hasattr(leaf, "shape")  # A Zarr group is no Mapping.
-        if isinstance(leaf, Mapping) or named:
+        if not is_spec(leaf) and (isinstance(leaf, Mapping) or named):
             return {name: _expand(leaf[name]) for name in leaf.keys()}  # noqa: SIM118
         return leaf
 
-    return jax.tree.map(expand, data, is_leaf=lambda x: isinstance(x, Source))
+    return jax.tree.map(expand, data, is_leaf=_is_leaf)
 
 
-def _open_leaf(name: str, leaf: Any, narrowing: str, *, argument: str) -> Source:
+def _open_leaf(name: str, leaf: Any, policy: _Policy) -> Source:
     if isinstance(leaf, Source):
         return leaf
+    if is_spec(leaf) or is_url(leaf) or _is_instance(leaf, "tensorstore", "TensorStore"):
+        called = leaf if isinstance(leaf, str) else name
+        return _read_by(tensorstore_reader(called, leaf, policy.missing_chunks), policy)
     if isinstance(leaf, str | os.PathLike):
-        return _open_path(Path(leaf), narrowing)
+        return _open_path(Path(leaf), policy)
     if isinstance(leaf, jax.Array):
         check_dtype(name, leaf, "allow")  # Random keys have no NumPy array.
-        return _column_source(name, array_column(name, np.asarray(leaf)), leaf, narrowing)
+        return _read_by(array_reader(name, np.asarray(leaf)), policy)
     if isinstance(leaf, np.ndarray):
-        return _column_source(name, array_column(name, leaf), leaf, narrowing)
+        check_dtype(name, leaf, "allow")  # A mask would be lost.
+        return _read_by(array_reader(name, leaf), policy)
+    if _is_instance(leaf, "h5py", "Dataset"):
+        return _read_by(dataset_reader(name, leaf), policy)
+    if _is_instance(leaf, "zarr", "Array"):
+        return _read_by(zarr_array_reader(name, leaf, policy.missing_chunks), policy)
     if all(hasattr(leaf, part) for part in ("shape", "dtype", "__getitem__")):
-        return _column_source(name, slicing_column(name, leaf), leaf, narrowing)
+        return _read_by(slicing_reader(name, leaf), policy)
+    if is_row_source(leaf):
+        return _read_by(rows_reader(name, leaf), policy)
     seen = a_type(leaf)
-    expected = "an array, a path, or an object with shape, dtype and slicing"
+    expected = "an array, a path, or an object that gives rows by slices or by numbers"
     fix = "Register own containers with jax.tree_util.register_dataclass, or pass np.asarray(...)."
     raise TypeError(explain(name, seen=seen, expected=expected, fix=fix))
 
 
-def _open_path(path: Path, narrowing: str) -> Source:
-    _check_complete(path)
-    if path.is_dir():
-        columns = {file.stem: file for file in sorted(path.glob("*.npy"))}
-        if not columns:
-            fix = "Name a folder that holds one .npy file per column."
-            text = explain(str(path), seen="no .npy file", expected="columns", fix=fix)
-            raise ValueError(text)
-        return _combine(columns, str(path), lambda _, file: _open_path(file, narrowing))
-    if path.suffix != ".npy":
-        fix = "Open other formats yourself and pass the open array."
-        seen = f"the ending {path.suffix!r}"
-        raise ValueError(explain(str(path), seen=seen, expected=".npy or a folder", fix=fix))
-    column = npy_column(str(path), path)
-    return _column_source(str(path), column, column, narrowing)
+def _is_instance(leaf: Any, module: str, kind: str) -> bool:
+    """Whether `leaf` is of a library's class; its library need not be installed."""
+    found = getattr(sys.modules.get(module), kind, None)
+    return found is not None and isinstance(leaf, found)
 
 
-def _check_complete(path: Path) -> None:
-    """Refuses an output of ours that an interrupted run left behind."""
-    partial = files.partial_of(path)
-    unfinished = path if path.name.endswith(".partial") else partial
-    if unfinished == partial:
-        files.recover(path)
-        manifest = files.read_manifest(files.manifest_of(path)) if path.exists() else None
-        if manifest is not None and manifest.get("complete") is not True:
-            unfinished = path
-        elif path.exists():
-            _check_sizes(path, manifest or {})
-            if partial.exists():
-                warn(
-                    f"{path} is the whole output of an earlier run; a later run was interrupted "
-                    f"and left {partial.name}. Run it again, or delete that."
-                )
-            return
-    if not unfinished.exists():
-        raise FileNotFoundError(f"{path}: there is no such file or folder.")
-    manifest = files.read_manifest(files.manifest_of(unfinished)) or {}
-    text = explain(
-        str(path),
-        seen=f"an interrupted output in {unfinished.name}",
-        expected=f"all {manifest.get('rows', 'its')} rows and a manifest that says complete",
-        fix="Run what wrote it again; it starts over.",
+def _open_path(path: Path, policy: _Policy) -> Source:
+    check_complete(path)
+    readers = readers_of(path, policy.missing_chunks)
+    arrays = [leaf for leaf in jax.tree.leaves(readers) if isinstance(leaf, Reader)]
+    sizes = {leaf.name: leaf.specs.shape[:1] for leaf in arrays if isinstance(leaf.specs, Stored)}
+    if len(set(sizes.values()) - {()}) > 1:
+        seen = ", ".join(f"{size[0]} rows in {name}" for name, size in sizes.items() if size)
+        fix = "Keep rows that belong together in a file, or open it and pass a dict of its arrays."
+        raise ValueError(explain(str(path), seen=seen, expected="one number of rows", fix=fix))
+
+    def open_leaf(_: str, leaf: Reader | Path) -> Source:
+        return _read_by(leaf, policy) if isinstance(leaf, Reader) else _open_path(leaf, policy)
+
+    return _combine(readers, str(path), open_leaf)
+
+
+def _read_by(reader: Reader, policy: _Policy) -> Source:
+    """Returns the source of what a reader reads: narrowed, checked, in fresh memory."""
+    stored = [(f"{reader.name}{path}", leaf) for path, leaf in leaves_with_paths(reader.specs)]
+    structure = jax.tree.structure(reader.specs)
+    targets = [check_dtype(name, leaf, policy.narrowing) for name, leaf in stored]
+    specs = structure.unflatten(
+        jax.ShapeDtypeStruct(leaf.shape, target)
+        for (_, leaf), target in zip(stored, targets, strict=True)
     )
-    raise ValueError(text)
-
-
-def _check_sizes(path: Path, manifest: dict[str, Any]) -> None:
-    """Refuses an output of ours that something else has changed since."""
-    for name, entry in manifest.get("files", {}).items():
-        file = path / name if path.is_dir() else path
-        if not path.is_dir() and file.name != name:
-            continue
-        found = f"{file.stat().st_size} bytes" if file.exists() else "no such file"
-        expected = f"{entry.get('bytes')} bytes"
-        if found != expected:
-            fix = "It was changed after it was written; write it again."
-            expected += " by its manifest"
-            raise ValueError(explain(str(file), seen=found, expected=expected, fix=fix))
-
-
-def _column_source(name: str, column: Column, array: Any, narrowing: str) -> Source:
-    target = check_dtype(name, array, narrowing)
-    num_rows = data_size(jax.ShapeDtypeStruct(column.shape, target), argument=name)
+    num_rows = data_size(specs, argument=reader.name)
     if num_rows > _MOST_ROWS:
         fix = "Split it; row numbers are int32 on the device."
-        text = explain(name, seen=f"{num_rows} rows", expected=f"at most {_MOST_ROWS}", fix=fix)
-        raise ValueError(text)
+        seen, expected = f"{num_rows} rows", f"at most {_MOST_ROWS}"
+        raise ValueError(explain(reader.name, seen=seen, expected=expected, fix=fix))
+    row_bytes = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for _, leaf in stored)
+    fitting = all(leaf.dtype == target for (_, leaf), target in zip(stored, targets, strict=True))
+    integers = any(
+        leaf.dtype.kind in "iu" and leaf.dtype != target
+        for (_, leaf), target in zip(stored, targets, strict=True)
+    )
+
+    def each(fn: Callable[..., Any], rows: Any, numbers: Any) -> list[Any]:
+        """Applies `fn(name, rows, target, numbers)` to every array."""
+        arrays = jax.tree.leaves(rows)
+        return [
+            fn(name, array, target, numbers)
+            for (name, _), array, target in zip(stored, arrays, targets, strict=True)
+        ]
 
     def check() -> None:
-        if column.held is not None:
-            check_fits(name, column.held, target)
-        elif column.dtype.kind in "iu" and column.dtype != target:
+        if reader.check is not None:
+            reader.check()
+        if reader.held is not None:
+            each(check_fits, reader.held, 0)
+        elif integers and not reader.costly and num_rows * row_bytes <= _CHECKED:
             piece = max(_PIECE // max(row_bytes, 1), 1)
-            for start in range(0, num_rows if num_rows * row_bytes <= _CHECKED else 0, piece):
-                rows = column.read(start, min(start + piece, num_rows))
-                check_fits(name, rows, target, start)
+            for start in range(0, num_rows, piece):
+                each(check_fits, reader.read(start, min(start + piece, num_rows)), start)
 
-    def fresh(rows: np.ndarray, numbers: int | np.ndarray, owned: bool) -> np.ndarray:
-        return rows if owned and rows.dtype == target else narrow(name, rows, target, numbers)
+    def fresh(rows: Any, numbers: int | np.ndarray, owned: bool) -> Any:
+        return rows if owned and fitting else structure.unflatten(each(narrow, rows, numbers))
 
-    def read(start: int, stop: int) -> np.ndarray:
-        return fresh(column.read(start, stop), start, column.fresh)
+    def read(start: int, stop: int) -> Any:
+        return fresh(reader.read(start, stop), start, reader.fresh)
 
-    def take(indices: np.ndarray) -> np.ndarray:
-        assert column.take is not None
-        return fresh(column.take(indices), indices, True)
+    def take(indices: np.ndarray) -> Any:
+        assert reader.take is not None
+        return fresh(reader.take(indices), indices, True)
 
-    row_bytes = math.prod(column.shape[1:]) * column.dtype.itemsize
-    specs = jax.ShapeDtypeStruct(column.shape, target)
-    take_rows = take if column.take else None
-    borrow = column.read if column.held is not None and column.dtype == target else None
-    return Source(num_rows, specs, read, take_rows, check, borrow, name)
+    take_rows = take if reader.take is not None else None
+    borrow = reader.read if reader.held is not None and fitting else None
+    return Source(num_rows, specs, read, take_rows, check, borrow, reader.name)
 
 
 def _open_resident(name: str, leaf: Any) -> Source:
@@ -299,13 +360,13 @@ def _open_resident(name: str, leaf: Any) -> Source:
         raise TypeError(text)
     if isinstance(leaf, np.ndarray):
         target = check_dtype(name, leaf)
-        rows = array_column(name, leaf).read(0, data_size(leaf, argument=name))
-        column = array_column(name, narrow(name, rows, target))
+        rows = array_reader(name, leaf).read(0, data_size(leaf, argument=name))
+        reader = array_reader(name, narrow(name, rows, target))
     else:
         target = check_dtype(name, leaf)
         devices = leaf.devices()
         on_host = len(devices) == 1 and next(iter(devices)).platform == "cpu"
-        column = array_column(name, np.asarray(leaf)) if on_host else device_column(leaf)
-    num_rows = data_size(jax.ShapeDtypeStruct(column.shape, target), argument=name)
-    specs = jax.ShapeDtypeStruct(column.shape, target)
-    return Source(num_rows, specs, column.read, column.take, name=name)
+        reader = array_reader(name, np.asarray(leaf)) if on_host else device_reader(name, leaf)
+    num_rows = data_size(reader.specs, argument=name)
+    specs = jax.ShapeDtypeStruct(reader.specs.shape, target)
+    return Source(num_rows, specs, reader.read, reader.take, name=name)

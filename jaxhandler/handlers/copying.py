@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhandler.data.dtypes import aligned_copy
+from jaxhandler.data.buffers import aligned_copy
 from jaxhandler.data.order import Visit, visits
 from jaxhandler.data.shuffling import Buckets
 from jaxhandler.data.sinks import FileSink, check_sink

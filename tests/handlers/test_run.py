@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jaxhandler as jh
-from jaxhandler.data.dtypes import aligned_empty
+from jaxhandler.data.buffers import aligned_empty
 
 DATA = np.arange(100, dtype=np.float32)
 

@@ -1,0 +1,1 @@
+"""How formats give rows as they are stored: a module for each, a `Reader` from all."""

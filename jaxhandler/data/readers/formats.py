@@ -1,0 +1,93 @@
+"""Which format a path is, by its ending, or by what lies in the folder."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from jaxhandler.data.readers.arrow import arrow_reader
+from jaxhandler.data.readers.hdf5 import hdf5_reader
+from jaxhandler.data.readers.npy import npy_reader
+from jaxhandler.data.readers.npz import npz_reader
+from jaxhandler.data.readers.parquet import parquet_reader
+from jaxhandler.data.readers.safetensors import safetensors_reader
+from jaxhandler.data.readers.zarr import is_zarr, zarr_reader
+from jaxhandler.errors import explain
+
+__all__ = ["readers_of"]
+
+_FILES = {
+    ".npy": npy_reader,
+    ".npz": npz_reader,
+    ".h5": hdf5_reader,
+    ".hdf5": hdf5_reader,
+    ".safetensors": safetensors_reader,
+}
+_TABLES = {".parquet": parquet_reader, ".arrow": arrow_reader, ".feather": arrow_reader}
+_NUMBERED = re.compile(r"(\d+)-of-(\d+)$")
+
+
+def readers_of(path: Path, missing_chunks: str) -> Any:
+    """Returns the readers of all arrays at a path, without reading rows.
+
+    Args:
+        path: A file or folder that is there.
+        missing_chunks: "raise" or "fill": what a chunk of a Zarr array does that is not there.
+
+    Returns:
+        A reader, or nested dicts of readers; for a folder of `.npy` files a dict of their paths.
+
+    Raises:
+        ImportError: If the library for the format is not installed.
+        TypeError: If a column has no place in an array.
+        ValueError: If the format is not known, or a file is damaged.
+    """
+    if path.is_dir():
+        return zarr_reader(path, missing_chunks) if is_zarr(path) else _folder(path)
+    if path.suffix in _FILES:
+        return _FILES[path.suffix](path)
+    if path.suffix in _TABLES:
+        return _TABLES[path.suffix](str(path), [path])
+    known = ", ".join([*_FILES, *_TABLES])
+    fix = "Open other formats yourself, and pass what slices or gives rows by number."
+    seen, expected = (
+        f"the ending {path.suffix!r}",
+        f"{known}, a .zarr folder or a folder of columns",
+    )
+    raise ValueError(explain(str(path), seen=seen, expected=expected, fix=fix))
+
+
+def _folder(path: Path) -> Any:
+    found: dict[Any, list[Path]] = {}
+    for child in sorted(path.iterdir()):
+        if child.suffix in (".npy", *_TABLES) and not child.name.startswith("."):
+            found.setdefault(_TABLES.get(child.suffix), []).append(child)
+    if len(found) != 1:
+        endings = sorted({child.suffix for children in found.values() for child in children})
+        known = ", ".join((".npy", *_TABLES))
+        seen = f"files of {' and '.join(endings)}" if endings else f"no file of {known}"
+        expected = "columns as .npy files, or the parts of one table"
+        fix = "Keep each table in a folder of its own, and pass a dict of the folders."
+        raise ValueError(explain(str(path), seen=seen, expected=expected, fix=fix))
+    ((reader, children),) = found.items()
+    if reader is None:
+        return {child.stem: child for child in children}
+    inside = [
+        child.name for child in path.iterdir() if child.is_dir() and child.name[0] not in "._"
+    ]
+    if inside:
+        fix = "Put all parts into one folder; values in the names of folders are not read."
+        expected = "the parts of one table"
+        text = explain(str(path), seen=f"the folder {inside[0]}", expected=expected, fix=fix)
+        raise ValueError(text)
+    _check_numbers(path, children)
+    return reader(str(path), children)
+
+
+def _check_numbers(path: Path, parts: list[Path]) -> None:
+    """Refuses parts called 3-of-8 and the like of which one is not there."""
+    numbers = [_NUMBERED.search(part.stem) for part in parts]
+    counts = {int(match[2]) for match in numbers if match}
+    if len(counts) == 1 and all(numbers) and len(parts) < max(counts):
+        fix = "Put the missing parts back, or rename these."
+        expected = f"all {max(counts)} that their names tell of"
+        raise ValueError(explain(str(path), seen=f"{len(parts)} parts", expected=expected, fix=fix))

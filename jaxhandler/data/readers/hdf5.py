@@ -1,0 +1,227 @@
+"""HDF5 files: contiguous datasets are read as they lie, others with h5py's `read_direct`."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxhandler.data.buffers import aligned_empty
+from jaxhandler.data.readers.advice import Watch, warn_of_codec
+from jaxhandler.data.readers.flat import scattered
+from jaxhandler.data.readers.npy import rows_at, unreadable
+from jaxhandler.data.readers.reader import (
+    Reader,
+    Stamp,
+    Stored,
+    check_unchanged,
+    damaged,
+    extra,
+    nested,
+    stamp_of,
+)
+from jaxhandler.errors import explain
+
+__all__ = ["dataset_reader", "hdf5_reader"]
+
+_CODECS = {1: "gzip", 4: "szip", 307: "bz2", 32000: "lzf", 32015: "zstd"}
+# Scattered rows are picked out of pieces: whole chunks, but no more than fits a cache or a memory.
+_PIECE, _LARGEST_PIECE = 2**20, 2**26
+
+
+def hdf5_reader(path: Path) -> Any:
+    """Returns the readers of an HDF5 file's datasets, in dicts as its groups are.
+
+    A single dataset stands for itself. Soft and external links are not followed.
+
+    Args:
+        path: The file.
+
+    Returns:
+        A reader, or nested dicts of them.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImportError: If h5py is not installed.
+        ValueError: If it is no whole HDF5 file, is open for writing, needs a filter that is not
+            installed, or lacks a part of a virtual dataset.
+    """
+    h5py = extra("h5py", str(path))
+    stamp = stamp_of(path.stat())
+    columns: list[tuple[list[str], Reader]] = []
+    datasets: list[Any] = []
+    said: set[str] = set()
+    try:
+        with h5py.File(path, "r") as file:
+            if file.mode != "r":
+                fix = "Close it before, or pass the open file."
+                seen, expected = "a file open for writing", "a file that is whole"
+                raise ValueError(explain(str(path), seen=seen, expected=expected, fix=fix))
+            # Visiting meets each object once, however many links lead to it.
+            file.visititems(lambda _, item: datasets.append(item))
+            datasets = [item for item in datasets if isinstance(item, h5py.Dataset)]
+            for dataset in datasets:
+                keys = dataset.name.strip("/").split("/")
+                columns.append((keys, _reader(path, keys, dataset, stamp, said)))
+            # One warning, however many datasets give reason for it.
+            any(
+                warn_of_codec(str(path), *codec)
+                for dataset in datasets
+                for codec in _codecs(dataset)
+            )
+    except OSError as error:
+        raise damaged(str(path), "HDF5", error) from error
+    return nested(path, columns)
+
+
+def dataset_reader(
+    name: str,
+    dataset: Any,
+    opened: Callable[[], AbstractContextManager[Any]] | None = None,
+    said: set[str] | None = None,
+) -> Reader:
+    """Returns the reader of an HDF5 dataset, through h5py.
+
+    Args:
+        name: How messages call it.
+        dataset: An open `h5py.Dataset`.
+        opened: Opens it again for each read; None where its owner keeps it open.
+        said: As in `Watch`.
+
+    Returns:
+        Its reader.
+
+    Raises:
+        ValueError: If it has no shape, needs a filter that is not installed, or lacks a part of a
+            virtual dataset; on reading, if it is damaged.
+    """
+    stored = _stored(name, dataset)
+    if stored.dtype.hasobject or not stored.shape:
+        return Reader(name, stored, unreadable(name))
+    _check_filters(name, dataset)
+    _check_parts(name, dataset)
+    opened = opened or (lambda: contextlib.nullcontext(dataset))
+    num_rows, *row_shape = stored.shape
+    row_bytes = max(math.prod(row_shape) * stored.dtype.itemsize, 1)
+    chunk, *widths = dataset.chunks or (0,)
+    across = math.prod(-(-size // width) for size, width in zip(row_shape, widths, strict=False))
+    watch = Watch(name, said=said)
+
+    def fill(dataset: Any, rows: np.ndarray, start: int) -> None:
+        stop = start + len(rows)
+        _check_parts(name, dataset)
+        try:
+            dataset.read_direct(rows, np.s_[start:stop])
+        except OSError as error:
+            raise damaged(name, "HDF5", f"{error}, in rows {start} to {stop}") from error
+
+    def read(start: int, stop: int) -> np.ndarray:
+        rows = aligned_empty((stop - start, *row_shape), stored.dtype)
+        if rows.size:
+            if chunk:
+                blocks = -(-stop // chunk) - start // chunk
+                watch.count(stop - start, blocks, min(chunk, num_rows), blocks * across)
+            with opened() as dataset:
+                fill(dataset, rows, start)
+        return rows
+
+    def take(indices: np.ndarray) -> np.ndarray:
+        rows = aligned_empty((len(indices), *row_shape), stored.dtype)
+        if not rows.size:
+            return rows
+        piece = min(chunk or _PIECE // row_bytes, _LARGEST_PIECE // row_bytes)
+        starts = np.append(np.arange(0, num_rows, max(piece, 1)), num_rows)
+        runs = list(scattered(starts, indices))
+        if chunk:
+            watch.count(len(indices), len(runs), min(chunk, num_rows), len(runs) * across)
+        with opened() as dataset:
+            for _, positions in runs:
+                wanted = indices[positions]
+                low = int(wanted.min())
+                rows_there = np.empty((int(wanted.max()) + 1 - low, *row_shape), stored.dtype)
+                fill(dataset, rows_there, low)
+                rows[positions] = rows_there[wanted - low]
+        return rows
+
+    return Reader(name, stored, read, take, fresh=True)
+
+
+def _reader(path: Path, keys: list[str], dataset: Any, stamp: Stamp, said: set[str]) -> Reader:
+    name = str(path) + "".join(f"[{key!r}]" for key in keys)
+    offset = _offset(dataset)
+    if offset is not None:
+        return rows_at(name, path, _stored(name, dataset), offset, stamp=stamp)
+
+    @contextlib.contextmanager
+    def opened() -> Any:
+        import h5py
+
+        # No handle stays open: none leaks, and a forked process shares none.
+        check_unchanged(path, stamp)
+        with h5py.File(path, "r") as file:
+            yield file["/".join(keys)]
+
+    return dataset_reader(name, dataset, opened, said)
+
+
+def _stored(name: str, dataset: Any) -> Stored:
+    if dataset.shape is None:
+        fix = "Write an array, or delete it."
+        text = explain(name, seen="a dataset without a shape", expected="an array", fix=fix)
+        raise ValueError(text)
+    return Stored(tuple(map(int, dataset.shape)), dataset.dtype)
+
+
+def _offset(dataset: Any) -> int | None:
+    """Returns the byte from which on a dataset lies as in memory; None where it does not."""
+    import h5py
+
+    if dataset.chunks or dataset.is_virtual or dataset.external or dataset.file.driver != "sec2":
+        return None
+    if dataset.dtype.hasobject or not dataset.size:
+        return None
+    as_in_memory = h5py.h5t.py_create(dataset.dtype, logical=True) == dataset.id.get_type()
+    whole = dataset.id.get_storage_size() == dataset.size * dataset.dtype.itemsize
+    return dataset.id.get_offset() if as_in_memory and whole else None
+
+
+def _filters(dataset: Any) -> list[tuple[int, tuple[int, ...]]]:
+    plist = dataset.id.get_create_plist()
+    filters = (plist.get_filter(i) for i in range(plist.get_nfilters()))
+    return [(code, values) for code, _, values, _ in filters]
+
+
+def _codecs(dataset: Any) -> list[tuple[str, int | None]]:
+    return [
+        (_CODECS[code], next(iter(values), None))
+        for code, values in _filters(dataset)
+        if code in _CODECS
+    ]
+
+
+def _check_filters(name: str, dataset: Any) -> None:
+    import h5py
+
+    for code, _ in _filters(dataset):
+        if not h5py.h5z.filter_avail(code):
+            fix = "Import hdf5plugin before, or write it with another filter."
+            seen = f"rows compressed by the HDF5 filter {code}"
+            text = explain(name, seen=seen, expected="a filter that is installed", fix=fix)
+            raise ValueError(text)
+
+
+def _check_parts(name: str, dataset: Any) -> None:
+    """Refuses a virtual dataset whose parts are not there: HDF5 would read zeros."""
+    if not dataset.is_virtual:
+        return
+    folder = Path(dataset.file.filename).parent
+    for source in dataset.virtual_sources():
+        part = source.file_name
+        if part == "." or "%" in part or (folder / part).exists() or Path(part).exists():
+            continue
+        fix = "Put it back beside the file that names it."
+        seen, expected = f"no file {part}", "every part of a virtual dataset"
+        raise ValueError(explain(name, seen=seen, expected=expected, fix=fix))

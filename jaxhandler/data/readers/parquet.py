@@ -1,0 +1,159 @@
+"""Parquet files, and folders of them as one table: row groups are decoded as a whole."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxhandler.data.readers.advice import warn_of_codec
+from jaxhandler.data.readers.blocks import block_reader
+from jaxhandler.data.readers.reader import (
+    Reader,
+    Stamp,
+    check_unchanged,
+    damaged,
+    extra,
+    stamp_of,
+)
+from jaxhandler.data.readers.table import check_schemas, stored_as, values
+
+__all__ = ["parquet_reader"]
+
+# Of a larger row group no more is held than asked for, though all rows before are decoded again.
+_LARGEST_GROUP, _PIECE = 256 * 2**20, 32 * 2**20
+
+
+class _Part(NamedTuple):
+    path: Path
+    metadata: Any
+    stamp: Stamp
+
+
+class _Block(NamedTuple):
+    """Rows `low` to `high` of a row group, which begins with row `first` of its file."""
+
+    part: int
+    group: int
+    first: int
+    low: int
+    high: int
+
+
+def parquet_reader(name: str, paths: Sequence[Path]) -> Reader:
+    """Returns the reader of a table: one file, or parts whose rows follow each other.
+
+    Args:
+        name: How messages call the table.
+        paths: Its files, in order.
+
+    Returns:
+        A reader of all columns at once, by name; of the only one, where it is alone.
+
+    Raises:
+        ImportError: If pyarrow is not installed.
+        TypeError: If a column has no place in an array.
+        ValueError: If a file is damaged, parts disagree, or a value is null; this on reading, where
+            a file does not count its nulls.
+    """
+    pa, pq = extra("pyarrow", name), extra("pyarrow.parquet", name)
+    parts, schemas = [], []
+    for path in paths:
+        stamp = stamp_of(path.stat())
+        try:
+            with pq.ParquetFile(path) as file:
+                parts.append(_Part(path, file.metadata, stamp))
+                schemas.append(file.schema_arrow)
+        except (pa.ArrowException, OSError) as error:
+            raise damaged(str(path), "Parquet", error) from error
+    check_schemas(paths, schemas)
+    blocks = [block for number, part in enumerate(parts) for block in _blocks(number, part)]
+    starts = np.cumsum([0, *(block.high - block.low for block in blocks)])
+
+    def tables(numbers: Sequence[int], columns: list[str]) -> Iterator[tuple[_Block, Any]]:
+        file, opened = None, -1
+        try:
+            for block in (blocks[number] for number in numbers):
+                if file is None or block.part != opened:
+                    if file is not None:
+                        file.close()
+                    opened, part = block.part, parts[block.part]
+                    check_unchanged(part.path, part.stamp)
+                    file = pq.ParquetFile(part.path, metadata=part.metadata, buffer_size=2**20)
+                yield block, _decoded(file, block, columns)
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError) as error:
+            raise damaged(str(parts[opened].path), "Parquet", error) from error
+        finally:
+            if file is not None:
+                file.close()
+
+    def first_rows(column: str) -> Any:
+        return next(table.column(0).combine_chunks() for _, table in tables([0], [column]))
+
+    specs = {
+        field.name: stored_as(name, field, int(starts[-1]), first_rows) for field in schemas[0]
+    }
+    alone = len(specs) == 1
+
+    def decode(numbers: Sequence[int]) -> Iterator[Any]:
+        for block, table in tables(numbers, list(specs)):
+            path, first = parts[block.part].path, block.first + block.low
+            arrays = {
+                column: values(f"{path}[{column!r}]", table.column(column), stored, first)
+                for column, stored in specs.items()
+            }
+            yield next(iter(arrays.values())) if alone else arrays
+
+    for number, block in enumerate(blocks):
+        if _holds_nulls(parts[block.part].metadata.row_group(block.group)):
+            for _ in decode([number]):  # Names the column and the row.
+                pass
+    _warn_of_codecs(name, parts)
+    tree = next(iter(specs.values())) if alone else specs
+    called = f"{name}[{next(iter(specs))!r}]" if alone else name
+    return block_reader(called, tree, starts, decode, unit="row groups")
+
+
+def _blocks(number: int, part: _Part) -> Iterator[_Block]:
+    first = 0
+    for group in range(part.metadata.num_row_groups):
+        entry = part.metadata.row_group(group)
+        rows = entry.num_rows
+        step = max(rows, 1)
+        if entry.total_byte_size > _LARGEST_GROUP:
+            step = max(rows * _PIECE // entry.total_byte_size, 1)
+        for low in range(0, rows, step):
+            yield _Block(number, group, first, low, min(low + step, rows))
+        first += rows
+
+
+def _decoded(file: Any, block: _Block, columns: list[str]) -> Any:
+    """Returns a block as a `pyarrow.Table`."""
+    import pyarrow as pa
+
+    rows = file.metadata.row_group(block.group).num_rows
+    if block.high - block.low == rows:
+        return file.read_row_group(block.group, columns=columns)
+    batches, skip, left = [], block.low, block.high - block.low
+    stream = file.iter_batches(left, row_groups=[block.group], columns=columns)
+    for batch in stream:
+        piece = batch.slice(min(skip, batch.num_rows), left)
+        skip, left = max(skip - batch.num_rows, 0), left - piece.num_rows
+        batches.append(piece)
+        if not left:
+            break
+    return pa.Table.from_batches(batches)
+
+
+def _holds_nulls(group: Any) -> bool:
+    statistics = (group.column(column).statistics for column in range(group.num_columns))
+    return any(each is not None and each.has_null_count and each.null_count for each in statistics)
+
+
+def _warn_of_codecs(name: str, parts: Sequence[_Part]) -> None:
+    """Warns once of the first slow codec; the first row group of a file speaks for all."""
+    groups = [part.metadata.row_group(0) for part in parts if part.metadata.num_row_groups]
+    codecs = {group.column(i).compression for group in groups for i in range(group.num_columns)}
+    any(warn_of_codec(name, codec.lower()) for codec in sorted(codecs))

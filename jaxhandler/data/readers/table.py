@@ -1,0 +1,158 @@
+"""What Arrow and Parquet columns are as arrays: types, values, parts that must agree."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxhandler.data.readers.reader import Stored
+from jaxhandler.errors import explain
+
+__all__ = ["check_schemas", "stored_as", "values"]
+
+_EXPECTED = "numbers, bools, or lists of them of one fixed size"
+# Those that NumPy calls otherwise.
+_FLOATS = {"halffloat": "float16", "float": "float32", "double": "float64"}
+
+
+def check_schemas(paths: Sequence[Path], schemas: Sequence[Any]) -> None:
+    """Refuses parts of a table whose columns differ from those of the first.
+
+    Args:
+        paths: The files.
+        schemas: Their Arrow schemas.
+
+    Raises:
+        ValueError: If they do, or there is no column, or two have one name; names the part and the
+            column.
+    """
+    for path, schema in zip(paths, schemas, strict=True):
+        names = schema.names
+        columns = dict.fromkeys([*schemas[0].names, *names])
+        if not columns:
+            raise ValueError(explain(str(path), seen="no columns", expected="at least one"))
+        for column in columns:
+            here, there = (
+                ", ".join(str(field.type) for field in each if field.name == column) or "no column"
+                for each in (schema, schemas[0])
+            )
+            fix = "Write all parts with the same columns, or keep other files elsewhere."
+            expected = f"{there} as in {paths[0].name}"
+            if names.count(column) > 1:
+                expected, fix = "one column of this name", "Rename the others."
+            elif here == there:
+                continue
+            name = f"{path}[{column!r}]"
+            raise ValueError(explain(name, seen=here, expected=expected, fix=fix))
+
+
+def stored_as(name: str, field: Any, num_rows: int, first_rows: Callable[[str], Any]) -> Stored:
+    """Returns what a column of a table is as an array.
+
+    Args:
+        name: How messages call the table.
+        field: The `pyarrow.Field` of the column.
+        num_rows: `N`.
+        first_rows: Reads the first rows of a column, to say which of its lists differ.
+
+    Returns:
+        Its shape, fixed-size lists and tensors as axes after the first, and its dtype.
+
+    Raises:
+        TypeError: If it has no place in an array.
+    """
+    import pyarrow as pa
+
+    types = pa.types
+    shape, inner = (num_rows,), field.type
+    if isinstance(inner, pa.FixedShapeTensorType) and not _permuted(inner):
+        shape, inner = (*shape, *inner.shape), inner.value_type
+    while types.is_fixed_size_list(inner):
+        shape, inner = (*shape, inner.list_size), inner.value_type
+    if types.is_boolean(inner) or types.is_integer(inner) or types.is_floating(inner):
+        return Stored(shape, np.dtype(_FLOATS.get(str(inner), str(inner))))
+    seen = f"a column of {field.type}"
+    if types.is_list(inner) or types.is_large_list(inner):
+        length, row = "length", None
+        if inner is field.type and num_rows:
+            length, row = _ragged(first_rows(field.name))
+        seen += f", whose row {row} is not as long as row 0" if row is not None else ""
+        fix = f"Cast the column to pyarrow.list_({inner.value_type}, {length})."
+        fix = fix if row is None else f"Pad the lists. {fix}"
+    elif types.is_nested(inner):
+        fix = "Make a column of each field, with table.flatten() for instance."
+    elif types.is_temporal(inner) or types.is_decimal(inner):
+        fix = "Cast it to a number, less an offset where float32 could not tell values apart."
+    else:
+        fix = "Encode it as integers, or leave the column out."
+    raise TypeError(explain(f"{name}[{field.name!r}]", seen=seen, expected=_EXPECTED, fix=fix))
+
+
+def values(name: str, column: Any, stored: Stored, first_row: int) -> np.ndarray:
+    """Returns the values of a column, without a copy where that is possible.
+
+    Args:
+        name: How messages call the column.
+        column: A `pyarrow.Array` or `pyarrow.ChunkedArray`.
+        stored: What it is as an array.
+        first_row: The number of its first row in its file, for messages.
+
+    Returns:
+        An array `[n, ...]`.
+
+    Raises:
+        ValueError: If a value is null; names its row.
+    """
+    pieces = []
+    for chunk in getattr(column, "chunks", [column]):
+        flat = flattened(name, chunk, first_row).to_numpy(zero_copy_only=False)
+        pieces.append(flat.reshape(len(chunk), *stored.shape[1:]))
+        first_row += len(chunk)
+    if not pieces:
+        return np.empty((0, *stored.shape[1:]), stored.dtype)
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def flattened(name: str, array: Any, first_row: int) -> Any:
+    """Returns the numbers in an Arrow array of numbers, lists or tensors, one after another.
+
+    Args:
+        name: How messages call the column.
+        array: A `pyarrow.Array`.
+        first_row: The number of its first row in its file, for messages.
+
+    Returns:
+        A `pyarrow.Array` of numbers or bools.
+
+    Raises:
+        ValueError: If a value is null; names its row.
+    """
+    import pyarrow as pa
+
+    per_row = 1
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    while True:
+        if array.null_count:
+            row = first_row + array.is_null().index(True).as_py() // per_row
+            fix = "Fill nulls in or drop their rows; which they were can be a column of its own."
+            seen, expected = f"a null in row {row}", "a value in every row"
+            raise ValueError(explain(name, seen=seen, expected=expected, fix=fix))
+        if not pa.types.is_fixed_size_list(array.type):
+            return array
+        per_row *= max(array.type.list_size, 1)
+        array = array.flatten()
+
+
+def _permuted(kind: Any) -> bool:
+    return kind.permutation not in (None, list(range(len(kind.shape))))
+
+
+def _ragged(array: Any) -> tuple[int | str, int | None]:
+    """Returns how long the longest list is, and the first row that differs, if any."""
+    lengths = array.value_lengths().fill_null(-1).to_numpy()
+    if not lengths.size:
+        return "length", None
+    differs = np.flatnonzero(lengths != lengths[0])
+    return int(lengths.max()), int(differs[0]) if differs.size else None

@@ -1,0 +1,150 @@
+"""Zarr arrays in local stores: raw chunks are read as they lie, others with zarr-python."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxhandler.data.buffers import aligned_copy
+from jaxhandler.data.columns import slicing_reader
+from jaxhandler.data.readers.advice import warn_of_codec
+from jaxhandler.data.readers.flat import Place, flat_reader
+from jaxhandler.data.readers.npy import unreadable
+from jaxhandler.data.readers.reader import Reader, Stored, damaged, extra, nested
+from jaxhandler.data.readers.zarr_chunks import Chunks
+
+__all__ = ["is_zarr", "zarr_array_reader", "zarr_reader"]
+
+_METADATA = ("zarr.json", ".zarray", ".zgroup")
+_HIGHEST_BLOSC = 9
+
+
+def is_zarr(path: Path) -> bool:
+    """Returns whether a folder is a Zarr array or group."""
+    return path.suffix == ".zarr" or any((path / name).exists() for name in _METADATA)
+
+
+def zarr_reader(path: Path, missing: str) -> Any:
+    """Returns the readers of the arrays in a Zarr folder, in dicts as its groups are.
+
+    A single array stands for itself.
+
+    Args:
+        path: The folder of an array or a group.
+        missing: "raise" or "fill": what a chunk does that is not there.
+
+    Returns:
+        A reader, or nested dicts of them.
+
+    Raises:
+        ImportError: If zarr is not installed.
+        ValueError: If the metadata makes no sense.
+    """
+    arrays = list(_arrays(extra("zarr", str(path)), path, []))
+    columns = []
+    said: set[str] = set()
+    for keys, array in arrays:
+        name = str(path) + "".join(f"[{key!r}]" for key in keys)
+        columns.append((keys, _reader(name, array, missing, said)))
+    # One warning, however many arrays give reason for it.
+    any(warn_of_codec(str(path), *codec) for _, array in arrays for codec in _codecs(array))
+    return nested(path, columns)
+
+
+def zarr_array_reader(name: str, array: Any, missing: str) -> Reader:
+    """Returns the reader of an open Zarr array.
+
+    Args:
+        name: How messages call it.
+        array: A `zarr.Array`.
+        missing: As in `zarr_reader`.
+
+    Returns:
+        Its reader; it holds no file open.
+
+    Raises:
+        ValueError: On reading, if a chunk is missing or damaged.
+    """
+    reader = _reader(name, array, missing, set())
+    any(warn_of_codec(name, *codec) for codec in _codecs(array))
+    return reader
+
+
+def _reader(name: str, array: Any, missing: str, said: set[str]) -> Reader:
+    stored = Stored(tuple(map(int, array.shape)), np.dtype(array.dtype))
+    if stored.dtype.hasobject or not stored.shape:
+        return Reader(name, stored, unreadable(name))
+    chunks = Chunks(name, array, missing, said)
+    if chunks.in_files and tuple(array.chunks[1:]) == stored.shape[1:] and _as_in_memory(array):
+        num_rows, *row_shape = stored.shape
+        starts = np.append(np.arange(0, num_rows, array.chunks[0]), num_rows)
+        place = lambda run: Place(chunks.path((run, *(0 for _ in row_shape))), 0)  # noqa: E731
+        absent = lambda at, row: chunks.absent(at.path, row)  # noqa: E731
+        return flat_reader(
+            name, stored, place, starts, absent=absent, check=chunks.check, watch=chunks.watch
+        )
+    slicing = slicing_reader(name, array)
+
+    def read(start: int, stop: int) -> np.ndarray:
+        chunks.expect(start, stop)
+        try:
+            return slicing.read(start, stop)
+        except Exception as error:  # Each codec has errors of its own.
+            raise damaged(name, "Zarr", f"{error}, in rows {start} to {stop}") from error
+
+    def take(indices: np.ndarray) -> np.ndarray:
+        chunks.expect_scattered(indices)
+        try:
+            return aligned_copy(np.asarray(array.oindex[indices]))
+        except Exception as error:
+            raise damaged(name, "Zarr", error) from error
+
+    return Reader(name, stored, read, take, check=chunks.check)
+
+
+def _arrays(zarr: Any, path: Path, keys: list[str]) -> Iterator[tuple[list[str], Any]]:
+    """Yields all arrays in a folder; a group of zarr-python's would skip those it cannot open."""
+    try:
+        node = zarr.open(path, mode="r")
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise damaged(str(path), "Zarr", error) from error
+    if isinstance(node, zarr.Array):
+        yield keys, node
+        return
+    names = {child.name for child in path.iterdir() if child.is_dir() and child.name[0] != "."}
+    consolidated = node.metadata.consolidated_metadata
+    if consolidated is not None:
+        names.update(name.partition("/")[0] for name in consolidated.metadata)
+    for name in sorted(names):
+        yield from _arrays(zarr, path / name, [*keys, name])
+
+
+def _as_in_memory(array: Any) -> bool:
+    """Whether a chunk file holds what the chunk is in memory."""
+    if array.compressors or array.filters or array.shards:
+        return False
+    if array.metadata.zarr_format == 2:
+        return array.order == "C"
+    serializer = array.serializer.to_dict()
+    endian = serializer.get("configuration", {}).get("endian", "little")
+    return serializer["name"] == "bytes" and endian == "little"
+
+
+def _codecs(array: Any) -> list[tuple[str, int | None]]:
+    """Returns the names and levels of an array's compressors."""
+    found = []
+    for codec in array.compressors:
+        if hasattr(codec, "to_dict"):
+            entry = codec.to_dict()
+            name, options = entry["name"], entry.get("configuration", {})
+        else:
+            options = codec.get_config()
+            name = options["id"]
+        level = options.get("level")
+        if name == "blosc":
+            # What Blosc makes of its own levels for Zstandard.
+            name, level = options["cname"], options["clevel"]
+            level = 22 if level == _HIGHEST_BLOSC else 2 * level - 1
+        found.append((name.rpartition(".")[2], level))
+    return found
