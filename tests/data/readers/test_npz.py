@@ -8,7 +8,7 @@ import pytest
 
 import jaxhandler as jh
 
-slow = pytest.mark.filterwarnings("ignore:.*compressed by deflate")
+deflated = pytest.mark.filterwarnings("ignore:.*compressed by deflate")
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def x():
     return np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 
 
-@slow
+@deflated
 def test_a_compressed_file_gives_any_range_in_any_order(x, tmp_path):
     np.savez_compressed(tmp_path / "x.npz", x=x, y=x[:, 0])
     source = jh.open_source(tmp_path / "x.npz")
@@ -27,7 +27,7 @@ def test_a_compressed_file_gives_any_range_in_any_order(x, tmp_path):
         np.testing.assert_array_equal(rows["y"], x[start:stop, 0])
 
 
-@slow
+@deflated
 def test_a_compressed_file_is_given_back_with_its_last_row_or_its_source(x, tmp_path):
     np.savez_compressed(tmp_path / "x.npz", x=x)
 
@@ -48,7 +48,7 @@ def test_a_compressed_file_is_given_back_with_its_last_row_or_its_source(x, tmp_
     assert opened() == 0
 
 
-@slow
+@deflated
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_a_forked_process_does_not_move_the_place_in_a_compressed_file(x, tmp_path):
     np.savez_compressed(tmp_path / "x.npz", x=x)
@@ -62,7 +62,7 @@ def test_a_forked_process_does_not_move_the_place_in_a_compressed_file(x, tmp_pa
     np.testing.assert_array_equal(source.read(10, 20), x[10:20])
 
 
-@slow
+@deflated
 def test_a_compressed_member_whose_bytes_are_damaged_is_refused_with_its_rows(tmp_path):
     path = tmp_path / "x.npz"
     array = np.random.default_rng(0).normal(size=(9000, 3)).astype(np.float32)
@@ -76,7 +76,7 @@ def test_a_compressed_member_whose_bytes_are_damaged_is_refused_with_its_rows(tm
         source.read(10, 9000)
 
 
-@slow
+@deflated
 def test_a_compressed_array_in_fortran_order_is_refused(x, tmp_path):
     np.savez_compressed(tmp_path / "x.npz", x=np.asfortranarray(x))
     with pytest.raises(ValueError, match=r"\['x'\]: saw a compressed array in Fortran order"):
