@@ -4,6 +4,8 @@ Rows `[N, 16]` of a `.npy` file become outputs `[N, 2000]` of another: 800 MB fo
 Each number of rows runs in a process of its own, in which a thread samples the anonymous resident
 memory (`RssAnon`: without the pages of files, which the system takes back when it needs them).
 `peak MiB` is the largest sample above the one before the run; what compiling needs is in it.
+`planned MiB` is what `jh.plan_memory` says of host memory and of the device, which is the CPU, less
+what lay there before. It is asked after the run, lest it compile for it.
 """
 
 import sys
@@ -25,7 +27,7 @@ import numpy as np
 import jaxhandler as jh
 from benchmarks.common import RESULTS, arguments, report
 
-_COLUMNS = ("rows", "output MiB", "start MiB", "peak MiB", "seconds")
+_COLUMNS = ("rows", "output MiB", "start MiB", "planned MiB", "peak MiB", "seconds")
 _INPUTS, _OUTPUTS = 16, 2000
 
 
@@ -77,10 +79,13 @@ def _measure(rows: int) -> dict[str, Any]:
             seconds = time.perf_counter() - start
             stop.set()
             sampler.join()
+        plan = jh.plan_memory(calculator, weights, path, out=Path(folder) / "outputs.npy")
+        planned = sum(plan.host.values()) + sum(plan.device.values()) - plan.there
     return {
         "rows": rows,
         "output MiB": rows * _OUTPUTS * 4 / 2**20,
         "start MiB": before / 2**20,
+        "planned MiB": planned / 2**20,
         "peak MiB": (peak[0] - before) / 2**20,
         "seconds": seconds,
     }

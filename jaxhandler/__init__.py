@@ -9,6 +9,8 @@ from jaxhandler.handlers.calculator import calculator as calculator
 from jaxhandler.handlers.copying import copy_rows as copy_rows
 from jaxhandler.handlers.handler import Handler as Handler
 from jaxhandler.handlers.handler import handler as handler
+from jaxhandler.handlers.memory import MemoryPlan as MemoryPlan
+from jaxhandler.handlers.memory import plan_memory as plan_memory
 from jaxhandler.handlers.trainer import Trainer as Trainer
 from jaxhandler.handlers.trainer import trainer as trainer
 from jaxhandler.handlers.training import TrainInfo as TrainInfo
@@ -33,6 +35,7 @@ __all__ = [
     "Calculator",
     "Handler",
     "Mean",
+    "MemoryPlan",
     "NonFiniteError",
     "PlanCache",
     "PlanStats",
@@ -53,6 +56,7 @@ __all__ = [
     "handler",
     "map_data",
     "open_source",
+    "plan_memory",
     "slice_data",
     "trainer",
     "validator",

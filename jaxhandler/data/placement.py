@@ -1,16 +1,18 @@
 """Where rows, constants and carries lie: one device, or the caller's mesh."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxhandler.errors import a_type, explain
 from jaxhandler.typing import Placement
 
-__all__ = ["place_rows", "replicate_like", "resolve_sharding"]
+__all__ = ["place_rows", "placed_specs", "replicate_like", "resolve_sharding", "stand_in"]
 
 
 def resolve_sharding(sharding: Placement) -> Sharding | None:
@@ -55,19 +57,47 @@ def place_rows(tree: Any, sharding: Sharding | None, *, leading: int = 0) -> Any
     """
     if not isinstance(sharding, NamedSharding):
         return jax.device_put(tree, sharding)
-
-    def leaf_sharding(leaf: Any) -> NamedSharding:
-        names = tuple(sharding.spec)[: leaf.ndim - leading]
-        parts = [math.prod(sharding.mesh.shape[axis] for axis in _axes(name)) for name in names]
-        sizes = leaf.shape[leading:]
-        fits = all(size % part == 0 for size, part in zip(sizes, parts, strict=False))
-        spec = PartitionSpec(*(None,) * leading, *names) if fits else PartitionSpec()
-        return NamedSharding(sharding.mesh, spec)
-
-    return jax.device_put(tree, jax.tree.map(leaf_sharding, tree))
+    shardings = jax.tree.map(lambda leaf: _leaf_sharding(leaf, sharding, leading), tree)
+    return jax.device_put(tree, shardings)
 
 
-def replicate_like(tree: Any, sharding: Sharding | None) -> Any:
+def placed_specs(specs: Any, sharding: Sharding | None, *, leading: int = 0) -> Any:
+    """Returns the types that `place_rows` would give for arrays of the types `specs`.
+
+    Args:
+        specs: A tree of `jax.ShapeDtypeStruct`, leaves `[B, ...]`, or `[S, B, ...]` with
+            `leading=1`.
+        sharding: That of a batch `[B, ...]`, or None for the default device.
+        leading: Axes before the rows.
+
+    Returns:
+        A tree of `jax.ShapeDtypeStruct`; a plan compiled for them takes the placed rows.
+    """
+    return jax.tree.map(lambda spec: stand_in(spec, _leaf_sharding(spec, sharding, leading)), specs)
+
+
+def stand_in(leaf: Any, sharding: Sharding | None) -> Any:
+    """Returns the type that `leaf` would have as a JAX array placed with `sharding`.
+
+    Random keys are placed: they are small, and no type tells which kind they are of.
+
+    Args:
+        leaf: An array or a `jax.ShapeDtypeStruct`.
+        sharding: Where it would lie; None for the default device.
+
+    Returns:
+        A `jax.ShapeDtypeStruct`, or a JAX array of random keys.
+    """
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        keys = leaf if isinstance(leaf, jax.Array) else jnp.zeros(leaf.shape, leaf.dtype)
+        return jax.device_put(keys, sharding)
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+
+def replicate_like(
+    tree: Any, sharding: Sharding | None, put: Callable[[Any, Any], Any] = jax.device_put
+) -> Any:
     """Returns `tree` as JAX arrays of fixed types on the devices of `sharding`.
 
     Leaves that lie on all these devices already stay as they are; others are replicated. Python
@@ -75,24 +105,39 @@ def replicate_like(tree: Any, sharding: Sharding | None) -> Any:
     type from step to step.
 
     Args:
-        tree: Any pytree of arrays or numbers.
+        tree: Any pytree of arrays or numbers, or of `jax.ShapeDtypeStruct` with `stand_in`.
         sharding: That of a batch, or None.
+        put: `put(leaf, sharding)` places a leaf; `stand_in` only says what would lie there.
 
     Returns:
-        A tree of JAX arrays.
+        A tree of JAX arrays, or what `put` gives.
     """
     target: Any = sharding
     if isinstance(sharding, NamedSharding):
         target = NamedSharding(sharding.mesh, PartitionSpec())
 
     def place(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or getattr(leaf, "weak_type", False):
-            leaf = np.asarray(leaf)
-        elif target is None or leaf.sharding.device_set == target.device_set:
+        described = isinstance(leaf, jax.ShapeDtypeStruct)
+        if not described and (not isinstance(leaf, jax.Array) or getattr(leaf, "weak_type", False)):
+            return put(np.asarray(leaf), target)
+        lies: Any = leaf.sharding
+        there = lies is not None and (target is None or lies.device_set == target.device_set)
+        if there and not described:
             return leaf
-        return jax.device_put(leaf, target)
+        return put(leaf, lies if there else target)
 
     return jax.tree.map(place, tree)
+
+
+def _leaf_sharding(leaf: Any, sharding: Any, leading: int) -> Any:
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    names = tuple(sharding.spec)[: leaf.ndim - leading]
+    parts = [math.prod(sharding.mesh.shape[axis] for axis in _axes(name)) for name in names]
+    sizes = leaf.shape[leading:]
+    fits = all(size % part == 0 for size, part in zip(sizes, parts, strict=False))
+    spec = PartitionSpec(*(None,) * leading, *names) if fits else PartitionSpec()
+    return NamedSharding(sharding.mesh, spec)
 
 
 def _axes(name: Any) -> tuple[str, ...]:

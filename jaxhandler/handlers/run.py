@@ -11,12 +11,13 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxhandler.data.order import Visit, check_order, num_visits, visits
-from jaxhandler.data.placement import replicate_like, resolve_sharding
+from jaxhandler.data.placement import replicate_like, resolve_sharding, stand_in
 from jaxhandler.data.sinks import BlockSink, Sink, open_sink
 from jaxhandler.data.sizing import resolve_macrobatch, row_bytes
 from jaxhandler.data.sources import Source
 from jaxhandler.data.stream import Clock, Lane, Layout, Macrobatch, load, place, read_ahead
 from jaxhandler.errors import a_type, check_count, explain
+from jaxhandler.handlers.needs import Gauge
 from jaxhandler.handlers.outputs import joined_specs, output_pieces
 from jaxhandler.handlers.program import Program
 from jaxhandler.handlers.steps import Keys, Plans, trace_step
@@ -30,7 +31,8 @@ _WORTH_COLLECTING = 2**18
 class Options(NamedTuple):
     """How one run goes over its rows; the arguments of the same names of `*_from_host`.
 
-    `resident` says that the rows lie on the device already.
+    `resident` says that the rows lie on the device already; `dry` that nothing is read, placed or
+    copied, because only plans are wanted.
     """
 
     macrobatch_size: int | str = 10_000
@@ -44,6 +46,7 @@ class Options(NamedTuple):
     read_ahead: int = 1
     sharding: Placement = None
     resident: bool = False
+    dry: bool = False
 
 
 class Outputs(NamedTuple):
@@ -96,33 +99,38 @@ class Run:
             expected = f"at least one batch of {program.batch_size}"
             fix = 'Use tail="exact", or a smaller batch_size.'
             raise ValueError(explain(source.name, seen=seen, expected=expected, fix=fix))
-        source.check()
+        if not options.dry:
+            source.check()
+        put = stand_in if options.dry else jax.device_put
         self.sharding = resolve_sharding(options.sharding)
-        self.consts, carry = replicate_like((consts, carry), self.sharding)
+        self.consts, carry = replicate_like((consts, carry), self.sharding, put)
         size, num_rows = program.batch_size, source.num_rows
         rows = size if program.tail == "pad" or not num_rows else min(size, num_rows)
+        self._batch = rows
         self.traced = trace_step(program, step, self.consts, carry, source.specs, rows)
         self._keys = Keys(carry)
         self._carry = self._keys.strip(carry)
-        if program.donate:
+        if program.donate and not options.dry:
             self._carry = _own(self._carry)
         # A carry may keep rows it has seen; sinks copy, so without one nothing outlives the run.
         self.borrows = source.borrow is not None and not jax.tree.leaves(carry)
         views = options.resident and options.shuffle != "global"
         self.fresh = not (views or self.borrows)
         self.plans = Plans(program, step, self._keys, _pinned(self._carry))
-        device = _device((self.consts, carry), self.sharding)
-        self.on_cpu = device.platform == "cpu"
-        per_row = row_bytes(source.specs)
-        if program.outputs == "rows":
-            per_row += row_bytes(self.traced.out, row_axis=program.row_axis)
-        self.size = resolve_macrobatch(options.macrobatch_size, size, num_rows, per_row, device)
-        self.bytes = min(self.size, num_rows) * per_row
+        self.device = _device((self.consts, carry), self.sharding)
+        self.on_cpu = self.device.platform == "cpu"
         self.mode = program.mode
         if self.mode == "auto":
             # There a batch of lent rows is a view, while a scan wants a copy of a macrobatch first.
             slow = self.on_cpu and (self.traced.convolves or self.borrows)
             self.mode = "loop" if slow or program.on_batch_finish else "scan"
+        self.size = resolve_macrobatch(
+            options.macrobatch_size, size, num_rows, lambda: self.gauge().beforehand(), self.device
+        )
+        per_row = row_bytes(source.specs)
+        if program.outputs == "rows":
+            per_row += row_bytes(self.traced.out, row_axis=program.row_axis)
+        self.bytes = min(self.size, num_rows) * per_row
         self.layout = Layout(
             size=self.size,
             batch_size=size,
@@ -137,6 +145,21 @@ class Run:
     def carry(self) -> Any:
         """What the step passes on, as it is now."""
         return self._keys.wrap(self._carry)
+
+    def gauge(self) -> Gauge:
+        """Returns what measures the plans of this run, as long as none has run."""
+        options, program = self.options, self.program
+        return Gauge(
+            plans=self.plans,
+            consts=self.consts,
+            carry=self._carry,
+            specs=self.source.specs,
+            rows=self._batch,
+            sharding=self.sharding,
+            scan=self.mode == "scan",
+            gather=self.sharding is None and options.shuffle in ("rows", "blocks"),
+            copied=program.donate and not options.dry,
+        )
 
     def open_sink(self, out: Any) -> Sink:
         """Opens where outputs go, or keeps them in blocks."""
@@ -345,7 +368,7 @@ def _own(tree: Any) -> Any:
 def _pinned(carry: Any) -> Any:
     """Keeps a carry on several devices where it is: XLA might move it, and the next call fail."""
     leaves = jax.tree.leaves(carry)
-    if all(len(leaf.sharding.device_set) == 1 for leaf in leaves):
+    if all(leaf.sharding is None or len(leaf.sharding.device_set) == 1 for leaf in leaves):
         return None
     return jax.tree.map(lambda leaf: leaf.sharding, carry), None, None
 
@@ -354,8 +377,8 @@ def _device(tree: Any, sharding: Sharding | None) -> Any:
     if sharding is not None:
         return min(sharding.device_set, key=lambda device: device.id)
     for leaf in jax.tree.leaves(tree):
-        if leaf.committed:
-            return min(leaf.devices(), key=lambda device: device.id)
+        if leaf.sharding is not None and getattr(leaf, "committed", True):
+            return min(leaf.sharding.device_set, key=lambda device: device.id)
     config: Any = jax.config
     default = config.jax_default_device
     return (

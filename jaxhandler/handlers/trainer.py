@@ -169,10 +169,7 @@ class Trainer(Handler):
     def _train(
         self, state: TrainState, source: Source, options: Options
     ) -> tuple[TrainState, TrainInfo]:
-        if not isinstance(state, TrainState):
-            fix = "Make it with trainer.init(params, key=...)."
-            seen = a_type(state)
-            raise TypeError(explain("state", seen=seen, expected="a TrainState", fix=fix))
+        check_state(state)
         check_rows(source)
         epoch = int(np.ravel(np.asarray(state.epoch))[0])
         options = options._replace(key=state.order_key, first_epoch=epoch)
@@ -189,6 +186,21 @@ class Trainer(Handler):
         if self.program.members is not None:
             info = jax.tree.map(lambda leaf: np.moveaxis(leaf, 0, 1), info)
         return result.carry, info._replace(report=result.report)
+
+
+def check_state(state: object, argument: str = "state") -> None:
+    """Refuses what is no state of a trainer.
+
+    Args:
+        state: As given.
+        argument: How messages call it.
+
+    Raises:
+        TypeError: If it is no `TrainState`.
+    """
+    if not isinstance(state, TrainState):
+        fix = "Make it with trainer.init(params, key=...)."
+        raise TypeError(explain(argument, seen=a_type(state), expected="a TrainState", fix=fix))
 
 
 def trainer(

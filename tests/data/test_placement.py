@@ -11,7 +11,14 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxhandler.data.placement import place_rows, replicate_like, resolve_sharding
+from jaxhandler.data.placement import (
+    place_rows,
+    placed_specs,
+    replicate_like,
+    resolve_sharding,
+    stand_in,
+)
+from jaxhandler.plans import signature
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
 
@@ -138,6 +145,22 @@ def test_rows_of_any_number_arrive_whole_on_every_device_of_the_mesh(count, spec
     assert placed.devices() == set(jax.devices()[:4])
 
 
+@pytest.mark.parametrize("count", [8, 7])
+@pytest.mark.parametrize("leading", [0, 1])
+@pytest.mark.parametrize("place", ["default", "device", "mesh"])
+def test_types_can_be_told_before_rows_are_placed(count, leading, place, rows):
+    rows = jax.tree.map(lambda leaf: leaf[:count][(None,) * leading], rows)
+    chosen = {
+        "default": lambda: None,
+        "device": lambda: SingleDeviceSharding(jax.devices()[3]),
+        "mesh": lambda: on_mesh("data"),
+    }
+    sharding = chosen[place]()
+    specs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), rows)
+    told = placed_specs(specs, sharding, leading=leading)
+    assert signature(told) == signature(place_rows(rows, sharding, leading=leading))
+
+
 # Constants and carries.
 
 
@@ -189,3 +212,34 @@ def test_what_is_placed_can_be_computed_with(under_mesh, rows):
         for count in (8, 7):
             x = place_rows(rows["x"][:count], sharding)
             np.testing.assert_allclose(jax.jit(jnp.matmul)(x, w), rows["x"][:count].sum(1))
+
+
+@pytest.mark.parametrize("place", ["default", "mesh"])
+def test_types_of_constants_can_be_told_without_placing_them(place):
+    sharding = on_mesh("data") if place == "mesh" else None
+    tree = {
+        "number": 0.1,
+        "wide": np.ones(2),
+        "weak": jnp.asarray(1.0),
+        "there": jax.device_put(jnp.arange(8.0), on_mesh("data")),
+        "here": jnp.zeros(3),
+        "key": jax.random.key(3),
+    }
+    told = replicate_like(tree, sharding, stand_in)
+    assert signature(told) == signature(replicate_like(tree, sharding))
+    assert told["there"] is tree["there"]
+    assert isinstance(told["wide"], jax.ShapeDtypeStruct)
+
+
+def test_types_stand_for_constants():
+    tree = {
+        "w": jax.ShapeDtypeStruct((3,), np.float64),
+        "split": jax.ShapeDtypeStruct((8,), np.float32, sharding=on_mesh("data")),
+        "key": jax.eval_shape(lambda: jax.random.key(0)),
+    }
+    for sharding in (None, on_mesh("data")):
+        told = replicate_like(tree, sharding, stand_in)
+        assert told["w"].dtype == np.float32
+        assert told["split"].sharding == on_mesh("data")
+        assert jax.random.key_data(told["key"]).tolist() == [0, 0]
+        assert told["w"].sharding == (sharding and on_mesh())

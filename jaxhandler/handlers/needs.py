@@ -1,0 +1,98 @@
+"""What a run needs on a device: measured from its compiled plans, before a row is read."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from jaxhandler.data.placement import placed_specs
+from jaxhandler.data.sizing import Needs, device_bytes
+from jaxhandler.handlers.steps import Plans
+
+__all__ = ["Gauge"]
+
+
+class Gauge(NamedTuple):
+    """Measures plans of a run, for arguments that are there or only described.
+
+    Each plan is compiled where the run has not done so, and found there by the run later.
+
+    Attributes:
+        plans: The plans of the run.
+        consts: What the step only reads, placed or described.
+        carry: What the first step will take, placed or described, without key types.
+        specs: The source's.
+        rows: Rows of a batch.
+        sharding: That of a batch, or None.
+        scan: Whether a macrobatch runs as one plan.
+        gather: Whether a scan draws its rows by index.
+        copied: Whether the carry is a copy of the caller's, who still has one.
+    """
+
+    plans: Plans
+    consts: Any
+    carry: Any
+    specs: Any
+    rows: int
+    sharding: Sharding | None
+    scan: bool
+    gather: bool
+    copied: bool
+
+    def batch(self) -> Needs:
+        """Measures the plan of one batch; `state` is what it does not take over of the carry."""
+        count = np.int32(self.rows) if self.plans.program.tail == "pad" else None
+        index = jax.ShapeDtypeStruct((self.rows,), np.int32)
+        args = (self.consts, self.carry, self._data(self.rows), index, np.int32(0), count)
+        return self._measure(self.plans.batch(self.rows, args), args)
+
+    def block(self, size: int) -> Needs:
+        """Measures the plan of a macrobatch of `size` rows likewise, as if it were one batch."""
+        steps = (size // self.rows, self.rows)
+        index = jax.ShapeDtypeStruct(steps, np.int32)
+        order, shape = (index, (size,)) if self.gather else (None, steps)
+        args = (self.consts, self.carry, self._data(*shape), order, index)
+        return self._measure(self.plans.block(args), args)
+
+    def beforehand(self) -> Needs:
+        """Tells from the plan of one batch what a run needs, its macrobatch size not yet known."""
+        rows, outputs, workspace, state, spare = self.batch()
+        if self.scan:
+            # A scan cuts each batch out of a macrobatch and puts its outputs into another. And it
+            # may hold a whole new carry where the plan of a batch replaces one leaf after another.
+            workspace, spare = workspace + rows + outputs, device_bytes(self.carry)
+            rows += np.dtype(np.int32).itemsize * self.rows if self.gather else 0
+        return Needs(rows, outputs, workspace, state + self.held() - self.there(), spare)
+
+    def held(self) -> int:
+        """Counts what lies on the device throughout: consts, the caller's carry and the run's."""
+        return device_bytes(self.consts) + 2 * device_bytes(self.carry)
+
+    def there(self) -> int:
+        """Counts what of that lies there now."""
+        copies = 2 if self.copied else 1
+        return device_bytes(_placed(self.consts)) + copies * device_bytes(_placed(self.carry))
+
+    def _data(self, *shape: int) -> Any:
+        def stack(spec: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((*shape, *spec.shape[1:]), spec.dtype)
+
+        specs = jax.tree.map(stack, self.specs)
+        return placed_specs(specs, self.sharding, leading=len(shape) - 1)
+
+    def _measure(self, plan: Any, args: tuple[Any, ...]) -> Needs:
+        stats = plan.memory_analysis()
+        given = device_bytes(args[:3])
+        rows, outputs = device_bytes(args[2]), device_bytes(plan.out_info[1])
+        carry = device_bytes(self.carry)
+        if stats is None:  # A backend that does not tell.
+            return Needs(rows, outputs, 0, 0 if self.plans.program.donate else carry)
+        # Of the row numbers a plan takes only what its step looks at.
+        numbers = max(stats.argument_size_in_bytes - given, 0)
+        new = max(carry - stats.alias_size_in_bytes, 0)
+        return Needs(rows + numbers, outputs, stats.temp_size_in_bytes, new)
+
+
+def _placed(tree: Any) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
