@@ -25,7 +25,8 @@ class Made:
     def __getitem__(self, index):
         self.asked.append(index)
         self.threads.add(threading.current_thread().name)
-        time.sleep(self.seconds)
+        if self.seconds:  # No sleep at all takes 0.05 ms.
+            time.sleep(self.seconds)
         return self.make(index)
 
 
