@@ -1,12 +1,13 @@
 """One form for every message: what was given, what was seen, what was expected, what to do."""
 
+import importlib
 import inspect
 import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["NonFiniteError", "a_type", "check_choice", "check_count", "explain", "warn"]
+__all__ = ["NonFiniteError", "a_type", "check_choice", "check_count", "explain", "extra", "warn"]
 
 
 class NonFiniteError(FloatingPointError):
@@ -120,3 +121,28 @@ def warn(text: str) -> None:
     while frame is not None and frame.f_globals.get("__name__", "").startswith("jax"):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
+
+
+def extra(module: str, argument: str) -> Any:
+    """Returns a library of the extra `io`, imported now.
+
+    Args:
+        module: Its dotted name.
+        argument: What needs it: an argument's name, or a path.
+
+    Returns:
+        The module.
+
+    Raises:
+        ImportError: If it is not installed; names the extra that brings it.
+
+    Example:
+        >>> extra("h5py", "data").__name__
+        'h5py'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        fix = 'Install it with `pip install "jaxhandler[io]"`.'
+        seen = f"no {module.partition('.')[0]} ({error})"
+        raise ImportError(explain(argument, seen=seen, expected="it installed", fix=fix)) from error

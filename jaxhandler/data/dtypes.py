@@ -116,12 +116,12 @@ def narrow(
     check_fits(name, array, target, rows)
     with np.errstate(over="ignore"):
         narrowed = aligned_copy(array, target)
-    if array.dtype.kind in "fc" and array.dtype != target:
-        lost = np.isinf(narrowed) & np.isfinite(array)
+    if jax.dtypes.issubdtype(array.dtype, np.inexact) and array.dtype != target:
+        lost = np.isfinite(array) & ~np.isfinite(narrowed)
         if lost.any():
             wrong = np.argwhere(lost)[0]
             seen = f"{array[tuple(wrong)]} in row {_row_number(rows, wrong)}"
-            fix = "Scale the values, or set jax_enable_x64."
+            fix = "Scale the values, or keep a wider dtype; float64 needs jax_enable_x64."
             raise OverflowError(explain(name, seen=seen, expected=f"a finite {target}", fix=fix))
     return narrowed
 

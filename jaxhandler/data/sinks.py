@@ -13,11 +13,11 @@ from jaxhandler import files
 from jaxhandler.data.buffers import aligned_empty
 from jaxhandler.data.sources import open_source
 from jaxhandler.data.writers.arrow import ARROW, PARQUET
-from jaxhandler.data.writers.format import Format, Writer, describe, library
+from jaxhandler.data.writers.format import Format, Writer, describe
 from jaxhandler.data.writers.hdf5 import HDF5
 from jaxhandler.data.writers.npy import NPY, NPY_FOLDER
 from jaxhandler.data.writers.zarr import ZARR
-from jaxhandler.errors import a_type, explain
+from jaxhandler.errors import a_type, explain, extra
 from jaxhandler.trees import leaves_with_paths
 
 __all__ = [
@@ -120,7 +120,7 @@ def check_sink(out: Any, data: Any = None, *, argument: str = "out") -> None:
         seen, expected = f"the ending {path.suffix!r}", f"{endings}, or none for a folder"
         raise ValueError(explain(argument, seen=seen, expected=expected))
     if form.requires:
-        library(form.requires)
+        extra(form.requires, argument)
     if not path.parent.is_dir():
         text = f"{argument}: the folder {path.parent} does not exist. Make it first."
         raise FileNotFoundError(text)

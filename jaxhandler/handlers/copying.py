@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import tempfile
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhandler.data.buffers import aligned_copy
+from jaxhandler.data.dtypes import narrow
 from jaxhandler.data.order import Visit, visits
 from jaxhandler.data.shuffling import Buckets
 from jaxhandler.data.sinks import FileSink, check_sink
@@ -204,17 +204,19 @@ def _cast(source: Source, dtype: np.dtype) -> Source:
     specs = jax.tree.map(to_specs, source.specs)
     wanted, structure = leaves_with_paths(specs), jax.tree.structure(specs)
 
-    def cast(rows: Any, numbers: Sequence[int] | np.ndarray) -> Any:
+    def cast(rows: Any, numbers: int | np.ndarray) -> Any:
         leaves = zip(jax.tree.leaves(rows), wanted, strict=True)
         return structure.unflatten(
             [
-                _as_dtype(f"{source.name}{path}", leaf, spec.dtype, numbers)
+                leaf
+                if leaf.dtype == spec.dtype
+                else narrow(f"{source.name}{path}", leaf, spec.dtype, numbers)
                 for leaf, (path, spec) in leaves
             ]
         )
 
     def read(start: int, stop: int) -> Any:
-        return cast((source.borrow or source.read)(start, stop), range(start, stop))
+        return cast((source.borrow or source.read)(start, stop), start)
 
     def take(indices: np.ndarray) -> Any:
         assert source.take is not None
@@ -222,19 +224,3 @@ def _cast(source: Source, dtype: np.dtype) -> Source:
 
     scattered = None if source.take is None else take
     return dataclasses.replace(source, specs=specs, read=read, take=scattered, borrow=None)
-
-
-def _as_dtype(
-    name: str, rows: np.ndarray, dtype: np.dtype, numbers: Sequence[int] | np.ndarray
-) -> np.ndarray:
-    if rows.dtype == dtype:
-        return rows
-    with np.errstate(over="ignore"):
-        cast = aligned_copy(rows, dtype)
-    lost = np.isfinite(rows) & ~np.isfinite(cast)
-    if lost.any():
-        wrong = np.argwhere(lost)[0]
-        seen = f"{rows[tuple(wrong)]} in row {int(numbers[wrong[0]])}"
-        fix = "Scale the values, or choose a wider dtype."
-        raise OverflowError(explain(name, seen=seen, expected=f"a finite {dtype}", fix=fix))
-    return cast

@@ -7,34 +7,12 @@ import pytest
 
 import jaxhandler as jh
 from jaxhandler.data.sources import resident_source
-
-ROWS, WIDTH = 11, 3
+from tests.data.arrays import ROWS, WIDTH, Sliced, as_memmap, saved
 
 
 @pytest.fixture
 def x():
     return np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
-
-
-class Sliced:
-    """An own class that is read by slicing only, and counts how often."""
-
-    def __init__(self, array, dtype=None):
-        self.array, self.shape, self.reads = array, array.shape, []
-        self.dtype = array.dtype if dtype is None else dtype
-
-    def __getitem__(self, rows):
-        self.reads.append((rows.start, rows.stop))
-        return self.array[rows]
-
-
-def saved(array, path, **options):
-    np.save(path, array, **options)
-    return path
-
-
-def as_memmap(array, folder):
-    return np.load(saved(array, folder / "map.npy"), mmap_mode="r")
 
 
 def test_a_slice_that_breaks_its_promise_is_refused(x):

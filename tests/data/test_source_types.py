@@ -10,27 +10,7 @@ import numpy as np
 import pytest
 
 import jaxhandler as jh
-
-
-class Sliced:
-    """An own class that is read by slicing only."""
-
-    def __init__(self, array, dtype=None):
-        self.array, self.shape = array, array.shape
-        self.dtype = array.dtype if dtype is None else dtype
-
-    def __getitem__(self, rows):
-        return self.array[rows]
-
-
-def saved(array, path, **options):
-    np.save(path, array, **options)
-    return path
-
-
-def as_memmap(array, folder):
-    return np.load(saved(array, folder / "map.npy"), mmap_mode="r")
-
+from tests.data.arrays import Sliced, as_memmap, saved
 
 # Bad types: refused when opened, with the leaf's path.
 

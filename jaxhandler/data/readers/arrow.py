@@ -22,11 +22,11 @@ from jaxhandler.data.readers.reader import (
     Stored,
     check_unchanged,
     damaged,
-    extra,
     nested,
     stamp_of,
 )
 from jaxhandler.data.readers.table import check_schemas, flattened, stored_as, values
+from jaxhandler.errors import extra
 
 __all__ = ["arrow_reader"]
 

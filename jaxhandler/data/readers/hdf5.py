@@ -19,11 +19,10 @@ from jaxhandler.data.readers.reader import (
     Stored,
     check_unchanged,
     damaged,
-    extra,
     nested,
     stamp_of,
 )
-from jaxhandler.errors import explain
+from jaxhandler.errors import explain, extra
 
 __all__ = ["dataset_reader", "hdf5_reader"]
 

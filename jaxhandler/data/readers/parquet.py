@@ -13,10 +13,10 @@ from jaxhandler.data.readers.reader import (
     Stamp,
     check_unchanged,
     damaged,
-    extra,
     stamp_of,
 )
 from jaxhandler.data.readers.table import check_schemas, stored_as, values
+from jaxhandler.errors import extra
 
 __all__ = ["parquet_reader"]
 

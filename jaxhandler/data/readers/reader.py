@@ -1,6 +1,5 @@
 """What every format becomes, and the messages that all of them share."""
 
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import numpy as np
 
 from jaxhandler.errors import explain
 
-__all__ = ["Reader", "Stored", "check_unchanged", "damaged", "extra", "nested", "stamp_of"]
+__all__ = ["Reader", "Stored", "check_unchanged", "damaged", "nested", "stamp_of"]
 
 Stamp = tuple[int, int]
 
@@ -52,28 +51,6 @@ class Reader:
     held: np.ndarray | None = None
     check: Callable[[], None] | None = None
     costly: bool = False
-
-
-def extra(module: str, name: str) -> Any:
-    """Returns an optional library, imported now.
-
-    Args:
-        module: Its dotted name.
-        name: What shall be read with it, for messages.
-
-    Returns:
-        The module.
-
-    Raises:
-        ImportError: If it is not installed; names the extra that brings it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        library = module.partition(".")[0]
-        fix = 'Install it with `pip install "jaxhandler[io]"`.'
-        text = explain(name, seen=f"no {library} ({error})", expected="it installed", fix=fix)
-        raise ImportError(text) from error
 
 
 def damaged(name: str, kind: str, error: object) -> ValueError:

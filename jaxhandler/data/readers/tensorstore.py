@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxhandler.data.buffers import aligned_empty
 from jaxhandler.data.readers.npy import unreadable
-from jaxhandler.data.readers.reader import Reader, Stored, extra
-from jaxhandler.errors import explain
+from jaxhandler.data.readers.reader import Reader, Stored
+from jaxhandler.errors import explain, extra
 
 __all__ = ["is_spec", "is_url", "tensorstore_reader"]
 

@@ -11,8 +11,9 @@ from jaxhandler.data.columns import slicing_reader
 from jaxhandler.data.readers.advice import warn_of_codec
 from jaxhandler.data.readers.flat import Place, flat_reader
 from jaxhandler.data.readers.npy import unreadable
-from jaxhandler.data.readers.reader import Reader, Stored, damaged, extra, nested
+from jaxhandler.data.readers.reader import Reader, Stored, damaged, nested
 from jaxhandler.data.readers.zarr_chunks import Chunks
+from jaxhandler.errors import extra
 
 __all__ = ["is_zarr", "zarr_array_reader", "zarr_reader"]
 

@@ -17,10 +17,9 @@ from jaxhandler.data.writers.format import (
     check_dtypes,
     check_names,
     dotted,
-    library,
 )
 from jaxhandler.data.writers.raw import opened, reserve, write_all
-from jaxhandler.errors import explain
+from jaxhandler.errors import explain, extra
 
 __all__ = ["ARROW", "PARQUET"]
 
@@ -45,7 +44,7 @@ class _Table:
     """A file of record batches or row groups, one for each write."""
 
     def __init__(self, path: Path, output: Output, room: int, open_writer: OpenWriter) -> None:
-        self._arrow = library("pyarrow")
+        self._arrow = extra("pyarrow", "out")
         self._path, self._leaves = path, output.leaves
         self._schema = self._arrow.schema([_field(self._arrow, leaf) for leaf in output.leaves])
         self._file = _SummedFile(path, room)
@@ -126,11 +125,11 @@ def _open_arrow(path: Path, output: Output) -> _Table:
     bits = (8 * leaf.dtype.itemsize if leaf.dtype.kind != "b" else 1 for leaf in output.leaves)
     sizes = zip(output.leaves, bits, strict=True)
     room = sum(math.prod(leaf.shape) * each // 8 for leaf, each in sizes)
-    return _Table(path, output, room, library("pyarrow").ipc.new_file)
+    return _Table(path, output, room, extra("pyarrow", "out").ipc.new_file)
 
 
 def _open_parquet(path: Path, output: Output) -> _Table:
-    parquet = library("pyarrow.parquet")
+    parquet = extra("pyarrow.parquet", "out")
     return _Table(path, output, 0, parquet.ParquetWriter)
 
 

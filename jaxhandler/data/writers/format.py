@@ -1,9 +1,7 @@
 """What a format of files is to a sink: what it refuses, and a writer of rows."""
 
-import importlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -21,7 +19,6 @@ __all__ = [
     "check_names",
     "describe",
     "dotted",
-    "library",
 ]
 
 _REMEDIES = {
@@ -98,26 +95,6 @@ class Format(NamedTuple):
     open: Callable[[Path, Output], Writer]
     folder: bool = False
     requires: str | None = None
-
-
-def library(name: str) -> ModuleType:
-    """Imports the module that a format is written with.
-
-    Args:
-        name: The module's name.
-
-    Returns:
-        The module.
-
-    Raises:
-        ImportError: If it is not installed; names the extra.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        fix = 'Install it with `pip install "jaxhandler[io]"`.'
-        text = explain(name.partition(".")[0], seen="no such module", expected="one", fix=fix)
-        raise ImportError(text) from error
 
 
 def describe(specs: Any, *, row_axis: int, rows_per_write: int | None, argument: str) -> Output:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxhandler.data.writers.format import Format, Output, check_dtypes, check_names, library
+from jaxhandler.data.writers.format import Format, Output, check_dtypes, check_names
 from jaxhandler.data.writers.raw import opened, reserve, write_rows
+from jaxhandler.errors import extra
 
 __all__ = ["HDF5"]
 
@@ -27,7 +28,7 @@ class _Hdf5File:
     """
 
     def __init__(self, path: Path, output: Output) -> None:
-        h5py = library("h5py")
+        h5py = extra("h5py", "out")
         layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         layout.set_layout(h5py.h5d.CONTIGUOUS)
         layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)

@@ -12,9 +12,9 @@ from jaxhandler.data.writers.format import (
     Output,
     check_dtypes,
     check_names,
-    library,
 )
 from jaxhandler.data.writers.raw import ArrayFile
+from jaxhandler.errors import extra
 from jaxhandler.files import MANIFEST
 
 __all__ = ["ZARR"]
@@ -39,7 +39,7 @@ class _ZarrStore:
     """
 
     def __init__(self, path: Path, output: Output) -> None:
-        zarr = library("zarr")
+        zarr = extra("zarr", "out")
         serializer = zarr.codecs.BytesCodec(endian=sys.byteorder)
         self._arrays: list[_Chunks] = []
         for leaf in output.leaves:
