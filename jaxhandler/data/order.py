@@ -22,8 +22,9 @@ class Visit(NamedTuple):
         block: Its number in the data, 0-based; None under global shuffle.
         start: Its first row in the data; 0 under global shuffle.
         rows: Rows it visits.
-        order: None where rows are visited as they lie, else `[rows]` row numbers: counted from
-            `start`, or from the data's first row under global shuffle.
+        order: None where rows are visited as they lie, else row numbers: counted from `start`, or
+            from the data's first row under global shuffle. `[rows]`, or `[rows, E]` where each
+            member of an ensemble has an order of its own.
         batches: Size and block number of each batch in the order visited; the number is None where
             rows are shuffled.
         before: Rows of the epoch visited before it.
@@ -80,6 +81,8 @@ def visits(
     shuffle: str | None = None,
     key: Any = None,
     epoch: int = 0,
+    members: int | None = None,
+    resample: bool = False,
 ) -> Iterator[Visit]:
     """Yields one epoch's macrobatches in the order they are visited.
 
@@ -96,15 +99,30 @@ def visits(
         shuffle: One of `SHUFFLES`.
         key: The order key; None draws nothing.
         epoch: Which epoch, 0-based; each has its own order.
+        members: How many members of an ensemble draw an order of their own, under "rows" and
+            "global": member i that of a single model with the order key `fold_in(key, i)`. The
+            macrobatches come in one order for all.
+        resample: Whether rows are drawn with replacement, a bootstrap of each macrobatch.
 
     Yields:
         `Visit`s.
     """
     visited = _visited(num_rows, batch_size, tail)
     starts = np.arange(0, visited, size)
+    keys = [key] if members is None else [jax.random.fold_in(key, i) for i in range(members)]
+
+    def drawn(draw: int, rows: int) -> np.ndarray:
+        generators = (_generator(key, epoch, draw) for key in keys)
+        orders = [
+            generator.integers(rows, size=rows) if resample else generator.permutation(rows)
+            for generator in generators
+        ]
+        # Row numbers are int32 in batches too, and there are many of these.
+        return orders[0] if members is None else np.stack(orders, axis=1).astype(np.int32)
+
     if shuffle == "global":
         # One macrobatch of all rows, visited in pieces.
-        everything = _generator(key, epoch, 1).permutation(num_rows)
+        everything = drawn(1, num_rows)
         for position, start in enumerate(range(0, visited, size)):
             order = everything[start : min(start + size, visited)]
             batches = tuple((count, None) for count in _cut(len(order), batch_size))
@@ -120,7 +138,7 @@ def visits(
         counts = _cut(rows, batch_size)
         batches = tuple((count, number) for number, count in enumerate(counts))
         if shuffle == "rows":
-            order = _generator(key, epoch, block + 1).permutation(whole)[:rows]
+            order = drawn(block + 1, whole)[:rows]
             batches = tuple((count, None) for count in counts)
         elif shuffle == "blocks":
             numbers = _generator(key, epoch, block + 1).permutation(len(counts))

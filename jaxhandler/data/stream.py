@@ -132,14 +132,17 @@ class Macrobatch(NamedTuple):
         block: All rows where it runs as one scan: leaves `[S, B, ...]`, or `[M, ...]` if `order` is
             given.
         order: `[S, B]` int32, where each row of a batch lies in `block`; None if they lie in order.
-        batches: Where it runs in a loop, one tree `[B, ...]` per batch.
+        batches: Where it runs in a loop, one tree `[B, ...]` per batch; to be gone through once.
         index: Row numbers in the source, `[S, B]` int32 or a list of `[B]`.
+
+    Where members of an ensemble have orders of their own, `order`, `index` and the rows of a batch
+    have a member axis after that of the rows.
     """
 
     visit: Visit
     block: Any
     order: np.ndarray | None
-    batches: list[Any]
+    batches: Iterable[Any]
     index: Any
 
 
@@ -155,11 +158,14 @@ def load(source: Source, visit: Visit, layout: Layout, *, borrow: bool = False) 
     Returns:
         A macrobatch in host memory.
     """
-    order = visit.order
+    order, size = visit.order, layout.batch_size
+    # Members with orders of their own would need each row many times: their batches come late.
+    late = order is not None and order.ndim > 1
     if visit.block is None:
         assert source.take is not None
         assert order is not None
-        rows, index, order = source.take(order), order.astype(np.int32), None
+        index, take = order.astype(np.int32), source.take
+        rows, order = (None, order) if late else (take(order), None)
     else:
         whole = min(layout.size, source.num_rows - visit.start)
         stop = visit.start + (visit.rows if order is None else whole)
@@ -167,31 +173,31 @@ def load(source: Source, visit: Visit, layout: Layout, *, borrow: bool = False) 
         rows = read(visit.start, stop)
         lies = np.arange(visit.rows) if order is None else order
         index = (visit.start + lies).astype(np.int32)
-    scan = layout.scan and visit.rows == layout.size
-    if order is not None and not (scan and layout.gather):
-        lies, order = order, None
-        rows = jax.tree.map(lambda leaf: _permute(leaf, lies), rows)
-    size = layout.batch_size
-    if scan:
+        take = lambda lies: jax.tree.map(lambda leaf: _permute(leaf, lies), rows)  # noqa: E731
+    scan = layout.scan and visit.rows == layout.size and rows is not None
+    if order is not None and not late and not (scan and layout.gather):
+        rows, order = take(order), None
+    if scan and (order is None or layout.gather):
+        index = index.reshape(-1, size, *index.shape[1:])
         if order is not None:
-            order = order.reshape(-1, size).astype(np.int32)
+            order = order.reshape(index.shape).astype(np.int32)
         else:
             rows = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), rows)
-        return Macrobatch(visit, rows, order, [], index.reshape(-1, size))
-    batches, indices, start = [], [], 0
-    leaves, structure = jax.tree.flatten(rows)
+        return Macrobatch(visit, rows, order, [], index)
+    spans, start = [], 0
     for count, _ in visit.batches:
-        batch = [_rows(leaf, start, count) for leaf in leaves]
-        numbers = index[start : start + count]
+        span: Any = slice(start, start + count)
         if layout.pad and count < size:
             # A real row: zeros would make NaN gradients behind the mask.
-            filled = np.minimum(np.arange(size), count - 1)
-            batch = [_permute(leaf, filled) for leaf in batch]
-            numbers = numbers[filled]
-        batches.append(structure.unflatten(batch))
-        indices.append(numbers)
+            span = start + np.minimum(np.arange(size), count - 1)
+        spans.append(span)
         start += count
-    return Macrobatch(visit, None, None, batches, indices)
+    if order is not None:
+        batches = (_drawn(take, order[span]) for span in spans)
+    else:
+        cut = lambda span: jax.tree.map(lambda leaf: _rows(leaf, span), rows)  # noqa: E731
+        batches = [cut(span) for span in spans]
+    return Macrobatch(visit, None, None, batches, [index[span] for span in spans])
 
 
 def place(macrobatch: Macrobatch, sharding: Sharding | None, *, on_cpu: bool) -> Macrobatch:
@@ -212,7 +218,11 @@ def place(macrobatch: Macrobatch, sharding: Sharding | None, *, on_cpu: bool) ->
         leading = 1 if macrobatch.order is None else 0
         block = place_rows(macrobatch.block, sharding, leading=leading)
         return macrobatch._replace(block=block)
-    return macrobatch._replace(batches=place_rows(macrobatch.batches, sharding))
+    batches = macrobatch.batches
+    if not isinstance(batches, list):
+        placed = (place_rows(batch, sharding) for batch in batches)
+        return macrobatch._replace(batches=placed)
+    return macrobatch._replace(batches=place_rows(batches, sharding))
 
 
 def _permute(leaf: Any, order: np.ndarray) -> Any:
@@ -223,7 +233,15 @@ def _permute(leaf: Any, order: np.ndarray) -> Any:
     return rows
 
 
-def _rows(leaf: Any, start: int, count: int) -> Any:
+def _rows(leaf: Any, span: Any) -> Any:
+    if not isinstance(span, slice):
+        return _permute(leaf, span)
     if isinstance(leaf, jax.Array):
-        return device_rows(leaf, start, count)
-    return leaf[start : start + count]
+        return device_rows(leaf, span.start, span.stop - span.start)
+    return leaf[span]
+
+
+def _drawn(take: Callable[[np.ndarray], Any], lies: np.ndarray) -> Any:
+    """Returns rows `[B, E, ...]`, each taken from where it lies."""
+    rows = take(lies.ravel())
+    return jax.tree.map(lambda leaf: leaf.reshape(*lies.shape, *leaf.shape[1:]), rows)

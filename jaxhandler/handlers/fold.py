@@ -27,13 +27,11 @@ class Finished(NamedTuple):
         visit: Which rows.
         block: Its outputs where they are kept in blocks, else None.
         carry: Gives the latest carry; later macrobatches may have been folded into it already.
-        watched: What the program watches, as it was after this macrobatch; an array of the device.
     """
 
     visit: Visit
     block: Any
     carry: Callable[[], Any]
-    watched: Any
 
 
 class Result(NamedTuple):
@@ -135,15 +133,15 @@ def folding(
     reader = Lane("jaxhandler-read" if options.read_ahead and not run.borrows else None)
     writer = Lane("jaxhandler-write" if isinstance(sink, FileSink) else None)
     bar = _open_bar(options)
-    pending: deque[tuple[Visit, Any, Callable[[], Any]]] = deque()
+    pending: deque[tuple[Visit, Callable[[], Any]]] = deque()
 
     def finish() -> Finished:
-        visit, watched, drained = pending.popleft()
+        visit, drained = pending.popleft()
         block = drained()
         if bar is not None:
             told = (lambda: block) if program.metrics else None
             bar.update(run.progress(visit, len(visit.batches), told))
-        return Finished(visit, block, lambda: run.carry, watched)
+        return Finished(visit, block, lambda: run.carry)
 
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(recycling())
@@ -163,7 +161,7 @@ def folding(
             del macrobatch
             run.call(options.on_macrobatch_finish, visit, len(visit.batches), outs)
             run.end_epoch(visit)
-            pending.append((visit, outs.watched, writer.submit(run.drain, sink, visit, outs)))
+            pending.append((visit, writer.submit(run.drain, sink, visit, outs)))
             del outs
             if len(pending) > 1:
                 yield finish()

@@ -1,5 +1,6 @@
 """What a run needs on a device: measured from its compiled plans, before a row is read."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -43,16 +44,17 @@ class Gauge(NamedTuple):
     def batch(self) -> Needs:
         """Measures the plan of one batch; `state` is what it does not take over of the carry."""
         count = np.int32(self.rows) if self.plans.program.tail == "pad" else None
-        index = jax.ShapeDtypeStruct((self.rows,), np.int32)
-        args = (self.consts, self.carry, self._data(self.rows), index, np.int32(0), count)
+        index = jax.ShapeDtypeStruct(self._shape, np.int32)
+        args = (self.consts, self.carry, self._data(*self._shape), index, np.int32(0), count)
         return self._measure(self.plans.batch(self.rows, args), args)
 
     def block(self, size: int) -> Needs:
         """Measures the plan of a macrobatch of `size` rows likewise, as if it were one batch."""
-        steps = (size // self.rows, self.rows)
+        steps = (size // self.rows, *self._shape)
         index = jax.ShapeDtypeStruct(steps, np.int32)
-        order, shape = (index, (size,)) if self.gather else (None, steps)
-        args = (self.consts, self.carry, self._data(*shape), order, index)
+        order = index if self.gather else None
+        data = self._data(size) if self.gather else self._data(*steps, leading=1)
+        args = (self.consts, self.carry, data, order, index)
         return self._measure(self.plans.block(args), args)
 
     def beforehand(self) -> Needs:
@@ -62,7 +64,9 @@ class Gauge(NamedTuple):
             # A scan cuts each batch out of a macrobatch and puts its outputs into another. And it
             # may hold a whole new carry where the plan of a batch replaces one leaf after another.
             workspace, spare = workspace + rows + outputs, device_bytes(self.carry)
-            rows += np.dtype(np.int32).itemsize * self.rows if self.gather else 0
+            # Rows that members draw in orders of their own lie there once.
+            rows += device_bytes(self._data(self.rows)) - device_bytes(self._data(*self._shape))
+            rows += np.dtype(np.int32).itemsize * math.prod(self._shape) if self.gather else 0
         return Needs(rows, outputs, workspace, state + self.held() - self.there(), spare)
 
     def held(self) -> int:
@@ -74,12 +78,16 @@ class Gauge(NamedTuple):
         copies = 2 if self.copied else 1
         return device_bytes(_placed(self.consts)) + copies * device_bytes(_placed(self.carry))
 
-    def _data(self, *shape: int) -> Any:
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.plans.program.batch_shape(self.rows)
+
+    def _data(self, *shape: int, leading: int = 0) -> Any:
         def stack(spec: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((*shape, *spec.shape[1:]), spec.dtype)
 
         specs = jax.tree.map(stack, self.specs)
-        return placed_specs(specs, self.sharding, leading=len(shape) - 1)
+        return placed_specs(specs, self.sharding, leading=leading)
 
     def _measure(self, plan: Any, args: tuple[Any, ...]) -> Needs:
         stats = plan.memory_analysis()

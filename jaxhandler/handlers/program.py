@@ -31,14 +31,19 @@ class Program(NamedTuple):
         metrics: `metrics(outs)` gives named means of outputs `[S, ...]`, for those who watch.
         next_epoch: `next_epoch(carry, epoch)` gives the carry that an epoch, 0-based, starts from;
             random keys in it come as their numbers.
-        watch: `watch(carry)` gives an array for those who watch a run, at the end of every plan.
         on_batch_finish: Called after each batch.
-        members: Models that the step runs at once; None for one model without a member axis.
         row_axis: Where the rows are in the output leaves.
+        carry_axes: Where members would be in the leaves of the carry, as `jax.vmap` takes it.
+        members: Models that the step runs at once; None for one model without a member axis.
+        member_order: Whether each of them has an order of its own, "shuffle" or "bootstrap": the
+            rows of a batch and their numbers then have a member axis after that of the rows.
+        member_place: `member_place((consts, carry), sharding, put)` lays members over devices, like
+            `replicate_like`; None where all lie on one.
+        strategies: How members are computed, and the trials that found it out.
     """
 
     fn: Any
-    make_step: Callable[[Any], Step]
+    make_step: Callable[..., Step]
     build: Callable[["Program"], Any]
     plans: PlanCache
     traces: PlanCache
@@ -50,10 +55,17 @@ class Program(NamedTuple):
     init: Callable[..., Any] | None = None
     metrics: Callable[[Any], dict[str, Any]] | None = None
     next_epoch: Callable[[Any, int], Any] | None = None
-    watch: Callable[[Any], Any] | None = None
     on_batch_finish: Callback | None = None
-    members: int | None = None
     row_axis: int = 0
+    carry_axes: Any = 0
+    members: int | None = None
+    member_order: str | None = None
+    member_place: Callable[..., Any] | None = None
+    strategies: Any = None
+
+    def batch_shape(self, rows: int) -> tuple[int, ...]:
+        """Returns the leading axes of the rows that a step sees, `[B]` or `[B, E]`."""
+        return (rows,) if self.member_order is None else (rows, self.members or 1)
 
 
 def check_builder(

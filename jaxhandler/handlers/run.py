@@ -50,15 +50,11 @@ class Options(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Outputs under way: one of a scan or one per batch, and when the device was given the work.
-
-    `watched` is what the program watches, as it is at the end of the last plan.
-    """
+    """Outputs under way: one of a scan or one per batch, and when the device was given the work."""
 
     outs: list[Any]
     scanned: bool
     start: float
-    watched: Any = ()
 
 
 class Run:
@@ -87,7 +83,7 @@ class Run:
         source: Source,
         options: Options,
     ) -> None:
-        _check_options(options, source)
+        _check_options(options, source, program)
         self.clock = Clock()
         self.program, self.source, self.options = program, source, options
         self.compiled = program.plans.stats(), program.traces.stats()
@@ -103,7 +99,8 @@ class Run:
             source.check()
         put = stand_in if options.dry else jax.device_put
         self.sharding = resolve_sharding(options.sharding)
-        self.consts, carry = replicate_like((consts, carry), self.sharding, put)
+        lay = program.member_place or replicate_like
+        self.consts, carry = lay((consts, carry), self.sharding, put)
         size, num_rows = program.batch_size, source.num_rows
         rows = size if program.tail == "pad" or not num_rows else min(size, num_rows)
         self._batch = rows
@@ -183,6 +180,8 @@ class Run:
                     shuffle=options.shuffle,
                     key=options.key,
                     epoch=epoch,
+                    members=program.members if program.member_order else None,
+                    resample=program.member_order == "bootstrap",
                 )
 
         def read(visit: Visit) -> Macrobatch:
@@ -213,9 +212,9 @@ class Run:
             args = (consts, self._carry, macrobatch.block, macrobatch.order, macrobatch.index)
             plan = self.plans.block(args)
             start = time.perf_counter()
-            self._carry, out, watched = plan(*args)
-            return Outputs([out], True, start, watched)
-        outs, watched, start = [], (), time.perf_counter()
+            self._carry, out = plan(*args)
+            return Outputs([out], True, start)
+        outs, start = [], time.perf_counter()
         for position, rows in enumerate(macrobatch.batches):
             index = macrobatch.index[position]
             count = np.int32(visit.batches[position][0]) if self.layout.pad else None
@@ -223,13 +222,13 @@ class Run:
             plan = self.plans.batch(len(index), args)
             if position == 0:
                 start = time.perf_counter()
-            self._carry, out, watched = plan(*args)
+            self._carry, out = plan(*args)
             outs.append(out)
             if self.program.on_batch_finish is not None:
                 self.call(
                     self.program.on_batch_finish, visit, position + 1, Outputs([out], False, start)
                 )
-        return Outputs(outs, False, start, watched)
+        return Outputs(outs, False, start)
 
     def drain(self, sink: Sink, visit: Visit, outs: Outputs) -> Any:
         """Waits for outputs and hands them to the sink; after it, the rows are off the device."""
@@ -340,8 +339,11 @@ class Run:
         )
 
 
-def _check_options(options: Options, source: Source) -> None:
+def _check_options(options: Options, source: Source, program: Program) -> None:
     check_order(options.shuffle, options.key, scattered=source.take is not None)
+    if program.member_order is not None and options.shuffle not in ("rows", "global"):
+        seen, expected = f"{options.shuffle!r} for members with orders of their own", '"rows"'
+        raise ValueError(explain("shuffle", seen=seen, expected=expected))
     check_count("epochs", options.epochs)
     check_count("read_ahead", options.read_ahead, least=0)
     for name in ("on_macrobatch_start", "on_macrobatch_finish"):
@@ -370,7 +372,7 @@ def _pinned(carry: Any) -> Any:
     leaves = jax.tree.leaves(carry)
     if all(leaf.sharding is None or len(leaf.sharding.device_set) == 1 for leaf in leaves):
         return None
-    return jax.tree.map(lambda leaf: leaf.sharding, carry), None, None
+    return jax.tree.map(lambda leaf: leaf.sharding, carry), None
 
 
 def _device(tree: Any, sharding: Sharding | None) -> Any:

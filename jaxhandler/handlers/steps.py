@@ -51,11 +51,12 @@ def trace_step(
         ValueError: If the carry comes back with another structure or other types, or an output
             leaf does not have one row per row.
     """
-    struct = lambda spec: jax.ShapeDtypeStruct((rows, *spec.shape[1:]), spec.dtype)  # noqa: E731
+    lead = program.batch_shape(rows)
+    struct = lambda spec: jax.ShapeDtypeStruct((*lead, *spec.shape[1:]), spec.dtype)  # noqa: E731
     data = jax.tree.map(struct, specs)
 
     def trace() -> Traced:
-        index = jax.ShapeDtypeStruct((rows,), np.int32)
+        index = jax.ShapeDtypeStruct(lead, np.int32)
         scalar = jax.ShapeDtypeStruct((), np.int32)
         # A fresh function, lest jit's own cache keep the trace after ours has dropped it.
         count = scalar if program.tail == "pad" else None
@@ -156,9 +157,8 @@ class Plans:
             return carry, jnp.zeros((), bool)
         return carry, pack(out) if self.program.outputs == "steps" else out
 
-    def _ended(self, carry: Any, out: Any) -> tuple[Any, Any, Any]:
-        watched = self.program.watch(carry) if self.program.watch else ()
-        return self.keys.strip(carry), out, watched
+    def _ended(self, carry: Any, out: Any) -> tuple[Any, Any]:
+        return self.keys.strip(carry), out
 
     def batch(self, size: int, args: tuple[Any, ...]) -> Any:
         """Returns the plan for one batch of `size` rows, called with arguments like `args`."""
@@ -196,7 +196,7 @@ def _batch(
 def _block(
     step: Step, consts: Any, carry: Any, data: Any, order: Any, index: Any
 ) -> tuple[Any, Any]:
-    steps, size = index.shape
+    steps, size = index.shape[:2]
     mask = jnp.ones(size, bool)
 
     def body(carry: Any, xs: tuple[Any, ...]) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """The trainer: a loss and an optimiser, stepped over all rows for some epochs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import optax
 
 from jaxhandler.data.sources import Source, open_source, resident_source
 from jaxhandler.errors import a_type, check_choice, check_count, explain
-from jaxhandler.handlers.finite import check_finite, finite_params
+from jaxhandler.handlers.finite import check_losses, check_params, warn_frozen
 from jaxhandler.handlers.fold import consume, folding
 from jaxhandler.handlers.handler import RESIDENT, Handler
 from jaxhandler.handlers.means import merged
@@ -32,6 +32,8 @@ class Trainer(Handler):
         program: Its description.
         step: The pure step `(consts, carry, batch) -> (carry, out)`.
         on_nonfinite: What a NaN or infinity does.
+        stopping_step: Like `step`, but it leaves a state that is not `active` as it is. Runs take
+            it where they begin with such a state, so that nobody else pays for the choice.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, jaxhandler as jh
@@ -43,6 +45,12 @@ class Trainer(Handler):
     """
 
     on_nonfinite: str = "raise"
+    stopping_step: Step = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stopping = self.program.make_step(self.program.fn, stops=True)
+        object.__setattr__(self, "stopping_step", stopping)
 
     def init(
         self, params: Any, *, key: Any, model_state: Any = (), order_key: Any = None
@@ -174,14 +182,22 @@ class Trainer(Handler):
         epoch = int(np.ravel(np.asarray(state.epoch))[0])
         options = options._replace(key=state.order_key, first_epoch=epoch)
         infos: list[TrainInfo] = []
+        active = np.asarray(state.active)
+        step = self.step if active.all() else self.stopping_step
+        known = ~active
 
         def finished(macrobatch: Any) -> None:
+            nonlocal known
             infos.append(macrobatch.block)
             if self.on_nonfinite == "raise":
-                check_finite(macrobatch, source.name)
+                check_losses(macrobatch, source.name)
+            elif self.on_nonfinite == "freeze":
+                known = warn_frozen(macrobatch, source.name, known)
 
-        run = folding(self.program, self.step, (), state, source, options)
+        run = folding(self.program, step, (), state, source, options)
         result = consume(run, finished)
+        if self.on_nonfinite == "raise":
+            check_params(result.carry)
         info: TrainInfo = jax.tree.map(lambda *parts: np.concatenate(parts), *infos)
         if self.program.members is not None:
             info = jax.tree.map(lambda leaf: np.moveaxis(leaf, 0, 1), info)
@@ -229,8 +245,10 @@ def trainer(
         has_key: Whether it takes a keyword `key`, a new one in every step, for dropout.
         accumulate: Micro-batches a batch is split into; their gradients are added by rows, so the
             step equals one on the whole batch, in less memory.
-        on_nonfinite: "raise" stops a run whose loss or parameters are not finite, one macrobatch
-            late; "skip" leaves out steps whose loss or gradients are not finite; "ignore" goes on.
+        on_nonfinite: "raise" stops a run at a loss that is not finite, one macrobatch late, and
+            gives back no parameters that are not; "skip" leaves out steps whose loss or gradients
+            are not finite; "freeze" keeps the last finite state from there on, warns once and
+            clears `state.active`, which in an ensemble concerns that member only; "ignore" goes on.
         donate: Whether plans may take over the memory of the state's copy, which halves what it
             needs.
         batch_size: Rows of a batch, `B`.
@@ -261,7 +279,7 @@ def trainer(
     """
     batch_size = check_builder(loss_fn, "loss_fn", batch_size, tail, mode, on_batch_finish, plans)
     accumulate = check_count("accumulate", accumulate)
-    check_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "ignore"))
+    check_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "freeze", "ignore"))
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         seen = a_type(optimizer)
         fix = "Pass optax.adam(1e-3), for instance."
@@ -273,15 +291,16 @@ def trainer(
             explain("tail", seen='"pad" with has_state=True', expected='"exact" or "drop"', fix=fix)
         )
 
-    def make_step(fn: Callable[..., Any]) -> Step:
+    def make_step(fn: Callable[..., Any], *, stops: bool = False) -> Step:
         return make_train_step(
             fn,
             optimizer,
             has_state=has_state,
             has_key=has_key,
             accumulate=accumulate,
-            skip=on_nonfinite == "skip",
+            on_nonfinite=on_nonfinite,
             pad=tail == "pad",
+            stops=stops,
         )
 
     def init(params: Any, *, key: Any, model_state: Any = (), order_key: Any = None) -> TrainState:
@@ -302,8 +321,9 @@ def trainer(
             init=init,
             metrics=lambda info: {"loss": merged(info)},
             next_epoch=_next_epoch,
-            watch=finite_params if on_nonfinite == "raise" else None,
             on_batch_finish=on_batch_finish,
+            # The order is drawn once for all members.
+            carry_axes=TrainState(0, 0, 0, 0, None, 0, 0, 0),
         ),
         on_nonfinite,
     )

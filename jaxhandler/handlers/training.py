@@ -14,7 +14,14 @@ from jaxhandler.handlers.steps import convolves
 from jaxhandler.trees import leaves_with_paths
 from jaxhandler.typing import Batch, Mean, RunReport, Step
 
-__all__ = ["TrainInfo", "TrainState", "init_state", "make_train_step"]
+__all__ = [
+    "TrainInfo",
+    "TrainState",
+    "as_key",
+    "default_order_key",
+    "init_state",
+    "make_train_step",
+]
 
 
 class TrainState(NamedTuple):
@@ -28,7 +35,10 @@ class TrainState(NamedTuple):
         order_key: What the order of rows is drawn from.
         step: int32 scalar, steps taken.
         epoch: int32 scalar, whole epochs gone over.
-        active: bool scalar, whether the model still trains; for members of an ensemble.
+        active: bool scalar, whether the model still trains; where it is false, steps leave all of
+            this as it is, bit for bit.
+
+    In an ensemble every leaf but `order_key` leads with the member axis `[E, ...]`.
 
     Example:
         >>> TrainState._fields[:3]
@@ -51,7 +61,8 @@ class TrainInfo(NamedTuple):
     Attributes:
         total: `[S]`, the sum of the loss over the step's rows (or its `Mean`'s total).
         count: `[S]`, what to divide it by.
-        finite: `[S]` bool, whether the step's loss (with "skip" its gradients too) was finite.
+        finite: `[S]` bool, whether the step's loss was finite; with "skip" and "freeze" its
+            gradients too, with "freeze" also the parameters it led to.
         report: Where the time of the run went.
 
     Example:
@@ -94,17 +105,17 @@ def init_state(
             raise TypeError(
                 explain("params", path=path, seen=seen, expected="a floating array", fix=fix)
             )
-    key = _as_key("key", key)
+    key = as_key("key", key)
     # One compilation, and none of the eager operations of an optimiser's init.
     opt_state = jax.jit(optimizer.init)(params)
     if order_key is None:
-        order_key = jax.random.fold_in(key, np.uint32(2**32 - 1))
+        order_key = default_order_key(key)
     return TrainState(
         params=params,
         opt_state=opt_state,
         model_state=model_state,
         key=key,
-        order_key=_as_key("order_key", order_key),
+        order_key=as_key("order_key", order_key),
         step=jax.device_put(np.int32(0)),
         epoch=jax.device_put(np.int32(0)),
         active=jax.device_put(np.bool_(True)),
@@ -118,10 +129,15 @@ def make_train_step(
     has_state: bool,
     has_key: bool,
     accumulate: int,
-    skip: bool,
+    on_nonfinite: str,
     pad: bool,
+    stops: bool,
 ) -> Step:
-    """Builds `step((), state, batch) -> (state, TrainInfo)` of one loss and optimiser."""
+    """Builds `step((), state, batch) -> (state, TrainInfo)` of one loss and optimiser.
+
+    With `stops` it leaves a state that is not `active` as it is, whatever the optimiser would do.
+    """
+    stops |= on_nonfinite == "freeze"
 
     def objective(params: Any, model_state: Any, data: Any, mask: Any, key: Any) -> Any:
         args = (params, model_state, data) if has_state else (params, data)
@@ -194,23 +210,49 @@ def make_train_step(
                 updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             return optax.apply_updates(state.params, updates), opt_state, model_state
 
-        if skip:
-            for leaf in jax.tree.leaves(grads):
-                finite &= jnp.isfinite(leaf).all()
+        active = was_active = state.active
+        if on_nonfinite in ("skip", "freeze"):
+            finite &= _all_finite(grads)
+        if on_nonfinite == "freeze":
+            # Finite gradients may still throw parameters beyond what floats can hold.
+            after = update()
+            finite &= _all_finite(after[0])
+            update = lambda: after  # noqa: E731
+            active &= finite
+        conditions = [finite] * (on_nonfinite == "skip") + [active] * stops
+        if conditions:
             keep = lambda: (state.params, state.opt_state, state.model_state)  # noqa: E731
-            params, opt_state, model_state = jax.lax.cond(finite, update, keep)
+            go = jnp.stack(conditions).all()
+            params, opt_state, model_state = jax.lax.cond(go, update, keep)
         else:
             params, opt_state, model_state = update()
         state = state._replace(
-            params=params, opt_state=opt_state, model_state=model_state, step=state.step + 1
+            params=params,
+            opt_state=opt_state,
+            model_state=model_state,
+            step=state.step + (active.astype(np.int32) if stops else 1),
+            active=active,
         )
+        if stops:
+            # What does not train any more need not be looked at.
+            finite |= ~was_active
         return state, TrainInfo(mean.total, mean.count, finite, report=())  # pyright: ignore[reportArgumentType]
 
     return step
 
 
-def _as_key(name: str, key: Any) -> Any:
-    """Takes typed keys, and legacy ones as well."""
+def _all_finite(tree: Any) -> jax.Array:
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(finite).all() if finite else jnp.ones((), bool)
+
+
+def default_order_key(key: Any) -> Any:
+    """Returns the order key of a state whose key is `key`, apart from the keys of its steps."""
+    return jax.random.fold_in(key, np.uint32(2**32 - 1))
+
+
+def as_key(name: str, key: Any) -> Any:
+    """Returns `key` with the type of a key; arrays of uint32, the older form, are taken as well."""
     dtype = getattr(key, "dtype", None)
     if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         return key

@@ -248,3 +248,42 @@ def test_a_global_shuffle_of_a_source_that_reads_ranges_is_refused():
         check_order("global", KEY, scattered=False)
     check_order("rows", KEY, scattered=False)
     check_order(None, None, scattered=False)
+
+
+# Members with orders of their own.
+
+
+@pytest.mark.parametrize("shuffle", ["rows", "global"])
+@hypothesis.given(shape=SHAPES, tail=TAILS, epoch=st.integers(0, 3))
+def test_each_member_visits_every_row_of_a_macrobatch_in_its_own_order(shuffle, shape, tail, epoch):
+    options = {"tail": tail, "shuffle": shuffle, "key": KEY, "epoch": epoch}
+    common, own = epoch_of(*shape, **options), epoch_of(*shape, members=3, **options)
+    assert [(v.block, v.start, v.rows, v.batches) for v in own] == [
+        (v.block, v.start, v.rows, v.batches) for v in common
+    ]
+    for member in range(3):
+        rows = [visit.start + visit.order[:, member] for visit in own]
+        assert all(len(set(part.tolist())) == len(part) for part in rows)
+        if shuffle == "global":
+            everything = np.concatenate([[], *rows]).astype(int)
+            assert len(set(everything.tolist())) == len(everything)
+
+
+def test_a_members_order_is_that_of_one_model_with_its_order_key():
+    own = list(visits(50, 64, 8, shuffle="rows", key=KEY, epoch=1, members=3))
+    for member in range(3):
+        key = jax.random.fold_in(KEY, member)
+        (alone,) = visits(50, 64, 8, shuffle="rows", key=key, epoch=1)
+        np.testing.assert_array_equal(own[0].order[:, member], alone.order)
+
+
+def test_a_bootstrap_draws_rows_of_the_macrobatch_with_replacement():
+    drawn = list(visits(5000, 1000, 8, shuffle="rows", key=KEY, epoch=0, members=2, resample=True))
+    for visit in drawn:
+        assert visit.order.shape == (1000, 2)
+        assert (visit.order.min(), visit.order.max()) >= (0, 990)
+        assert visit.order.max() < 1000
+        different = [len(np.unique(visit.order[:, member])) for member in range(2)]
+        # Of N draws with replacement, 63.2 % of the rows come at least once.
+        np.testing.assert_allclose(different, 632, atol=60)
+        assert (visit.order[:, 0] != visit.order[:, 1]).any()

@@ -1,6 +1,5 @@
 """Sources of single rows, a Grain `MapDataset` for instance: made one by one, and joined."""
 
-import statistics
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -91,7 +90,7 @@ def rows_reader(name: str, source: Any) -> Reader:
             fill([one])
             seconds.append(time.perf_counter() - start)
         rest = wanted[_TIMED:]
-        if rest and statistics.median(seconds) > _WORTH_THREADS:
+        if rest and np.median(seconds) > _WORTH_THREADS:
             _in_threads(fill, rest)
         else:
             fill(rest)
