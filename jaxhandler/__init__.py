@@ -2,6 +2,26 @@
 
 from jaxhandler.data.sources import Source as Source
 from jaxhandler.data.sources import open_source as open_source
+from jaxhandler.ensembles.batching import BatchedModels as BatchedModels
+from jaxhandler.ensembles.batching import batch_models as batch_models
+from jaxhandler.ensembles.ensemble import ensemble as ensemble
+from jaxhandler.ensembles.isolation import check_isolation as check_isolation
+from jaxhandler.ensembles.members import init_members as init_members
+from jaxhandler.ensembles.members import num_members as num_members
+from jaxhandler.ensembles.members import replicate as replicate
+from jaxhandler.ensembles.members import take_members as take_members
+from jaxhandler.ensembles.rewriting import fast_conv as fast_conv
+from jaxhandler.ensembles.rules import batching_rule as batching_rule
+from jaxhandler.ensembles.scores import batch_accuracy as batch_accuracy
+from jaxhandler.ensembles.scores import batch_loss as batch_loss
+from jaxhandler.ensembles.scores import batch_topk as batch_topk
+from jaxhandler.ensembles.stacking import stack as stack
+from jaxhandler.ensembles.stacking import unstack as unstack
+from jaxhandler.ensembles.stopping import EarlyStopping as EarlyStopping
+from jaxhandler.ensembles.stopping import StoppingState as StoppingState
+from jaxhandler.ensembles.stopping import early_stopping as early_stopping
+from jaxhandler.ensembles.stopping import halve as halve
+from jaxhandler.errors import IsolationError as IsolationError
 from jaxhandler.errors import NonFiniteError as NonFiniteError
 from jaxhandler.handlers import callbacks as callbacks
 from jaxhandler.handlers.calculator import Calculator as Calculator
@@ -32,8 +52,11 @@ from jaxhandler.typing import RunReport as RunReport
 
 __all__ = [
     "Batch",
+    "BatchedModels",
     "Calculator",
+    "EarlyStopping",
     "Handler",
+    "IsolationError",
     "Mean",
     "MemoryPlan",
     "NonFiniteError",
@@ -42,22 +65,39 @@ __all__ = [
     "Progress",
     "RunReport",
     "Source",
+    "StoppingState",
     "TrainInfo",
     "TrainState",
     "Trainer",
     "Validator",
+    "batch_accuracy",
+    "batch_loss",
+    "batch_models",
+    "batch_topk",
+    "batching_rule",
     "calculator",
     "callbacks",
     "cast",
+    "check_isolation",
     "copy_rows",
     "data_size",
+    "early_stopping",
+    "ensemble",
+    "fast_conv",
     "from_linen",
     "from_nnx",
+    "halve",
     "handler",
+    "init_members",
     "map_data",
+    "num_members",
     "open_source",
     "plan_memory",
+    "replicate",
     "slice_data",
+    "stack",
+    "take_members",
     "trainer",
+    "unstack",
     "validator",
 ]

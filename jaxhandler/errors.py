@@ -7,7 +7,25 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["NonFiniteError", "a_type", "check_choice", "check_count", "explain", "extra", "warn"]
+__all__ = [
+    "IsolationError",
+    "NonFiniteError",
+    "a_type",
+    "check_choice",
+    "check_count",
+    "explain",
+    "extra",
+    "warn",
+]
+
+
+class IsolationError(ValueError):
+    """A member of an ensemble changed because another one did.
+
+    Example:
+        >>> issubclass(IsolationError, ValueError)
+        True
+    """
 
 
 class NonFiniteError(FloatingPointError):

@@ -1,0 +1,1 @@
+"""Many models at once: stacked parameter trees, run and trained as one."""

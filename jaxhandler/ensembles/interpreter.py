@@ -1,0 +1,101 @@
+"""Evaluates a jaxpr with other forms of some of its equations, through the jaxprs inside it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.core import ShapedArray
+from jax.extend import core
+from jax.extend.core import primitives
+
+from jaxhandler.ensembles.convolutions import convolution_form
+from jaxhandler.ensembles.pooling import max_pool_form, sum_pool_form
+
+__all__ = ["Rewriter"]
+
+# What is put in the place of an equation, by its primitive.
+FORMS: dict[core.Primitive, Callable[[Any], Callable[..., jax.Array] | None]] = {
+    primitives.conv_general_dilated_p: convolution_form,
+    primitives.reduce_window_max_p: max_pool_form,
+    primitives.reduce_window_sum_p: sum_pool_form,
+}
+# Primitives that stay what they are when their functions are replaced. A function with a derivative
+# rule of its own keeps the rule.
+ENTERED = {
+    primitives.jit_p,
+    primitives.closed_call_p,
+    primitives.remat_p,
+    primitives.scan_p,
+    primitives.while_p,
+    primitives.cond_p,
+    primitives.custom_jvp_call_p,
+    primitives.custom_vjp_call_p,
+}
+
+
+class Rewriter:
+    """Evaluates jaxprs with other forms in them; a jaxpr that occurs twice is rewritten once."""
+
+    def __init__(self) -> None:
+        self._changes: dict[int, bool] = {}
+        self._rewritten: dict[int, core.ClosedJaxpr] = {}
+
+    def changes(self, jaxpr: core.Jaxpr) -> bool:
+        """Whether anything in a jaxpr has another form."""
+        if id(jaxpr) not in self._changes:
+            self._changes[id(jaxpr)] = any(map(self._changes_eqn, jaxpr.eqns))
+        return self._changes[id(jaxpr)]
+
+    def _changes_eqn(self, eqn: Any) -> bool:
+        if eqn.primitive in ENTERED:
+            return any(map(self._changes_inside, core.jaxprs_in_params(eqn.params)))
+        return _form(eqn) is not None
+
+    def _changes_inside(self, jaxpr: core.Jaxpr) -> bool:
+        # References, as of `jax.new_ref`, cannot be arguments of a trace of ours.
+        arrays = all(isinstance(each.aval, ShapedArray) for each in jaxpr.invars)
+        return arrays and self.changes(jaxpr)
+
+    def evaluate(self, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        """What a jaxpr gives for its arguments."""
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+        for eqn in jaxpr.eqns:
+            operands = [read(atom) for atom in eqn.invars]
+            with eqn.ctx.manager:
+                form = _form(eqn)
+                results = form(*operands) if form else self._bind(eqn, operands)
+            many = eqn.primitive.multiple_results
+            values.update(zip(eqn.outvars, results if many else [results], strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _bind(self, eqn: Any, operands: list[Any]) -> Any:
+        params = eqn.params
+        if eqn.primitive in ENTERED and self._changes_eqn(eqn):
+            params = {name: self._rewrite_in(param) for name, param in params.items()}
+        return eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(params))
+
+    def _rewrite_in(self, param: Any) -> Any:
+        """A parameter of an equation, with the jaxprs in it rewritten."""
+        if isinstance(param, tuple | list):
+            return type(param)(map(self._rewrite_in, param))
+        if isinstance(param, core.ClosedJaxpr) and self._changes_inside(param.jaxpr):
+            return self._rewrite(param, param.jaxpr, param.consts)
+        if isinstance(param, core.Jaxpr) and self._changes_inside(param):
+            return self._rewrite(param, param, ()).jaxpr
+        return param
+
+    def _rewrite(self, owner: Any, jaxpr: core.Jaxpr, consts: Sequence[Any]) -> core.ClosedJaxpr:
+        if id(owner) not in self._rewritten:
+            avals = [each.aval for each in jaxpr.invars]
+            trace = jax.make_jaxpr(lambda *args: self.evaluate(jaxpr, consts, args))
+            self._rewritten[id(owner)] = trace(*avals)
+        return self._rewritten[id(owner)]
+
+
+def _form(eqn: Any) -> Callable[..., jax.Array] | None:
+    find = FORMS.get(eqn.primitive)
+    return None if find is None else find(eqn)

@@ -1,0 +1,94 @@
+"""Pooling over small windows as a chain of strided slices, whose gradient is fast."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+__all__ = ["max_pool_form", "sum_pool_form"]
+
+Combine = Callable[[jax.Array, jax.Array], jax.Array]
+
+# As many slices per axis, each of which is compiled.
+LARGEST_WINDOW = 8
+
+
+def max_pool_form(eqn: Any) -> Callable[[jax.Array], jax.Array] | None:
+    """Returns what to put in the place of one `reduce_window_max`, or None to leave it.
+
+    XLA's gradient of a maximum over windows looks for the maximum once more, element by element. Of
+    ten members' LeNet-like layers on CPU, value and gradient together took 5 to 8 times as long for
+    windows of 2, 2.3 to 7.7 times for windows of 3 to 7.
+
+    Args:
+        eqn: The equation.
+
+    Returns:
+        A function of the equation's operand with the very derivatives of the native one, also
+        where several elements of a window are its maximum: the first of them has the gradient.
+        None for large windows, whole numbers, and on other backends than CPU.
+    """
+    if not jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating):
+        return None
+    return _pool_form(eqn, _first_maximum, -jnp.inf)
+
+
+def sum_pool_form(eqn: Any) -> Callable[[jax.Array], jax.Array] | None:
+    """Returns what to put in the place of one `reduce_window_sum`, or None to leave it.
+
+    Where windows overlap, slices were 1.1 to 3 times as fast on CPU, gradients included; where they
+    do not, they were slower for the smallest windows and faster for others.
+
+    Args:
+        eqn: The equation.
+
+    Returns:
+        A function of the equation's operand, or None where windows do not overlap or are large, and
+        on other backends than CPU.
+    """
+    both = zip(eqn.params["window_dimensions"], eqn.params["window_strides"], strict=True)
+    if all(window <= stride for window, stride in both):
+        return None
+    return _pool_form(eqn, lax.add, 0)
+
+
+def _first_maximum(first: jax.Array, second: jax.Array) -> jax.Array:
+    # Not `maximum`, which halves the gradient between equals. A NaN wins, as it does there.
+    return lax.select((second > first) | (second != second), second, first)
+
+
+def _pool_form(eqn: Any, combine: Combine, fill: float) -> Callable[[jax.Array], jax.Array] | None:
+    params, shape = eqn.params, eqn.outvars[0].aval.shape
+    window, strides = params["window_dimensions"], params["window_strides"]
+    if {*params["base_dilation"], *params["window_dilation"]} != {1} or 0 in shape:
+        return None
+    if max(window) > LARGEST_WINDOW or jax.default_backend() != "cpu":
+        return None
+
+    def form(x: jax.Array) -> jax.Array:
+        pads = [(low, high, 0) for low, high in params["padding"]]
+        x = lax.pad(x, jnp.full((), fill, x.dtype), pads)
+        # The last axis first, so that of equals the first one in row-major order wins.
+        for axis in reversed(range(x.ndim)):
+            if (window[axis], strides[axis]) != (1, 1):
+                x = _pool(x, axis, window[axis], strides[axis], shape[axis], combine)
+        return x
+
+    return form
+
+
+def _pool(
+    x: jax.Array, axis: int, window: int, stride: int, count: int, combine: Combine
+) -> jax.Array:
+    if window <= stride and count * stride <= x.shape[axis]:
+        # Windows that do not overlap: the gradient needs no sum.
+        x = lax.slice_in_dim(x, 0, count * stride, axis=axis)
+        x = x.reshape(*x.shape[:axis], count, stride, *x.shape[axis + 1 :])
+        parts = [lax.index_in_dim(x, i, axis + 1, keepdims=False) for i in range(window)]
+    else:
+        reach = (count - 1) * stride + 1
+        parts = [lax.slice_in_dim(x, i, i + reach, stride, axis) for i in range(window)]
+    return functools.reduce(combine, parts)

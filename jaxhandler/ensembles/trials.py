@@ -1,0 +1,153 @@
+"""Which strategy is fastest: tried once for each kind of call, on the device, and remembered."""
+
+import time
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxhandler.ensembles.strategies import Strategy
+from jaxhandler.errors import check_choice, check_count, explain
+from jaxhandler.handlers.steps import Keys, convolves
+from jaxhandler.plans import PlanCache, compile_plan
+
+__all__ = ["Strategies"]
+
+_VMAP = Strategy("vmap")
+_LARGEST_ARGS = 2**28
+_LARGEST_CHUNK = 10
+_ROUNDS = 5
+_SECONDS = 0.5
+_HOPELESS = 4
+_MARGIN = 0.97
+
+
+class Strategies:
+    """Gives the strategy of a call: the one asked for, or the fastest of a short trial.
+
+    A trial compiles each candidate and runs it on made-up numbers, the candidates by turns, for
+    half a second at most. The shortest time wins; that of `vmap` unless another beats it by 3 %.
+    Candidates are `vmap`, a map of single members and one of about ten at a time. There is no trial
+    for one member, nor for arguments of more than 256 MiB, which it would hold twice: then it is
+    `vmap`. And no convolution is tried inside a map on CPU, where XLA slows it down threefold.
+
+    Args:
+        strategy: "auto", or one of `names`.
+        chunk: Members at a time of a "map"; None for one, or for what a trial finds.
+        names: The strategies there are.
+
+    Attributes:
+        trials: Counts the plans of trials, apart from those of runs.
+        chosen: What was chosen, by the kind of call.
+
+    Raises:
+        TypeError: If the chunk is no whole number.
+        ValueError: If the strategy is unknown, or a chunk is given for another than "map".
+    """
+
+    def __init__(self, strategy: str, chunk: int | None, names: tuple[str, ...]) -> None:
+        check_choice("strategy", strategy, ("auto", *names))
+        if chunk is not None:
+            chunk = check_count("chunk", chunk)
+            if strategy not in ("auto", "map"):
+                seen, fix = f"{chunk} with {strategy=}", 'Use strategy="map", or leave chunk out.'
+                raise ValueError(explain("chunk", seen=seen, expected='a "map"', fix=fix))
+            strategy = "map"
+        self._pinned = None if strategy == "auto" else Strategy(strategy, chunk or 1)
+        self.trials = PlanCache()
+        self.chosen: dict[Hashable, Strategy] = {}
+
+    def choose(
+        self,
+        key: Hashable,
+        make: Callable[[Strategy], Callable[..., Any]],
+        args: tuple[Any, ...],
+        members: int,
+        *,
+        trial: bool = True,
+        loop: Callable[..., Any] | None = None,
+    ) -> Strategy:
+        """Returns the strategy for one kind of call; may be called while tracing.
+
+        Args:
+            key: Tells kinds of calls apart.
+            make: `make(strategy)` gives the function of all members.
+            args: What it will be called with, arrays or tracers.
+            members: How many members there are.
+            trial: Whether there may be one; otherwise it is `vmap`, if no earlier one knows better.
+            loop: A loop over members in Python, for those who can use one.
+
+        Returns:
+            A `Strategy`.
+        """
+        found = self._pinned or self.chosen.get(key)
+        if found is not None:
+            return found
+        specs = jax.tree.map(_spec, args)
+        keys = Keys(args)
+        numbers = jax.eval_shape(keys.strip, specs)
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(numbers))
+        if not trial or members == 1 or size > _LARGEST_ARGS:
+            return _VMAP
+        slow = jax.default_backend() == "cpu" and convolves(jax.make_jaxpr(make(_VMAP))(*specs))
+
+        def plan(strategy: Strategy) -> Callable[..., Any]:
+            fn = make(strategy)
+            build = lambda: compile_plan(lambda *args: fn(*keys.wrap(args)), numbers)  # noqa: E731
+            return self.trials.get((key, strategy), build)
+
+        maps = [] if slow else [Strategy("map", chunk) for chunk in _chunks(members)]
+        rivals = {strategy: plan(strategy) for strategy in (_VMAP, *maps)}
+        if loop is not None:
+            rivals[Strategy("loop")] = lambda *args: loop(*keys.wrap(args))
+        # Made-up numbers may have no square root; nobody who looks for NaN means those.
+        with jax.debug_nans(False), jax.debug_infs(False):
+            self.chosen[key] = _fastest(rivals, jax.tree.map(_made_up, numbers))
+        self.trials.clear()
+        return self.chosen[key]
+
+
+def _fastest(rivals: dict[Strategy, Callable[..., Any]], args: tuple[Any, ...]) -> Strategy:
+    # The first call warms up, but shows already who is not worth another.
+    first = {strategy: _seconds(plan, args) for strategy, plan in rivals.items()}
+    bearable = _HOPELESS * min(first.values())
+    times: dict[Strategy, list[float]] = {
+        strategy: [] for strategy, seconds in first.items() if seconds <= bearable
+    }
+    stop = time.perf_counter() + _SECONDS
+    for _ in range(_ROUNDS):
+        for strategy, found in times.items():
+            found.append(_seconds(rivals[strategy], args))
+        if time.perf_counter() > stop:
+            break
+    shortest = {strategy: min(found) for strategy, found in times.items()}
+    fastest = min(shortest, key=lambda strategy: shortest[strategy])
+    vmap_is_close = _VMAP in shortest and shortest[fastest] > _MARGIN * shortest[_VMAP]
+    return _VMAP if vmap_is_close else fastest
+
+
+def _chunks(members: int) -> list[int]:
+    """Single members, and about ten at a time; best a number that leaves no rest to compile."""
+    divisors = [n for n in range(2, _LARGEST_CHUNK + 1) if members % n == 0 and n < members]
+    if not divisors and members > _LARGEST_CHUNK:
+        divisors = [_LARGEST_CHUNK]
+    return [1, *divisors[-1:]]
+
+
+def _spec(leaf: Any) -> jax.ShapeDtypeStruct:
+    kind = jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(kind.shape, kind.dtype)
+
+
+def _made_up(spec: Any) -> np.ndarray:
+    """Numbers like any others: zeros and denormals may be faster, or slower, than real ones."""
+    if jax.dtypes.issubdtype(spec.dtype, np.inexact):
+        return np.random.default_rng(0).normal(size=spec.shape).astype(spec.dtype)
+    return np.zeros(spec.shape, spec.dtype)
+
+
+def _seconds(plan: Callable[..., Any], args: tuple[Any, ...]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(plan(*args))
+    return time.perf_counter() - start

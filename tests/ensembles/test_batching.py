@@ -1,0 +1,158 @@
+"""batch_models: stacked parameters in, every member's outputs out, compiled once per shape."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxhandler as jh
+
+RNG = np.random.default_rng(0)
+MEMBERS = 4
+PARAMS = {
+    "w": RNG.normal(size=(MEMBERS, 5, 3)).astype(np.float32),
+    "b": RNG.normal(size=(MEMBERS, 3)).astype(np.float32),
+}
+SHARED = RNG.normal(size=(7, 5)).astype(np.float32)
+OWN = RNG.normal(size=(MEMBERS, 7, 5)).astype(np.float32)
+
+each_strategy = pytest.mark.parametrize("strategy", ["vmap", "map", "loop", "auto"])
+
+
+def apply_fn(params, x):
+    return jnp.tanh(x @ params["w"] + params["b"])
+
+
+def one_by_one(x):
+    outs = []
+    for member in range(MEMBERS):
+        own = {name: leaf[member] for name, leaf in PARAMS.items()}
+        outs.append(apply_fn(own, x if x is SHARED else x[member]))
+    return np.stack(outs)
+
+
+@each_strategy
+def test_every_strategy_and_data_order_gives_what_members_give_alone(strategy):
+    shared = jh.batch_models(apply_fn, in_axes=None, strategy=strategy)
+    member_major = jh.batch_models(apply_fn, strategy=strategy)
+    row_major = jh.batch_models(apply_fn, in_axes=1, out_axes=1, strategy=strategy)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
+    close(shared(PARAMS, SHARED), one_by_one(SHARED))
+    close(member_major(PARAMS, OWN), one_by_one(OWN))
+    close(row_major(PARAMS, OWN.swapaxes(0, 1)).swapaxes(0, 1), one_by_one(OWN))
+
+
+@each_strategy
+def test_it_works_inside_jit_grad_and_vmap(strategy):
+    many = jh.batch_models(apply_fn, in_axes=None, strategy=strategy)
+    expected = one_by_one(SHARED)
+    np.testing.assert_allclose(jax.jit(many)(PARAMS, SHARED), expected, rtol=1e-5, atol=1e-6)
+    total = lambda params: (many(params, SHARED) ** 2).sum()  # noqa: E731
+    grads, jitted = jax.grad(total)(PARAMS), jax.jit(jax.grad(total))(PARAMS)
+    alone = jax.grad(lambda params: (apply_fn(params, SHARED) ** 2).sum())
+    for member in range(MEMBERS):
+        own = alone({name: leaf[member] for name, leaf in PARAMS.items()})
+        for found in (grads, jitted):
+            np.testing.assert_allclose(found["w"][member], own["w"], rtol=1e-4, atol=1e-5)
+    rows = jax.vmap(many, (None, 0))(PARAMS, SHARED[:, None])
+    np.testing.assert_allclose(rows[:, :, 0].swapaxes(0, 1), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_plan_is_compiled_for_each_shape():
+    many = jh.batch_models(apply_fn, in_axes=None, strategy="vmap")
+    for _ in range(3):
+        many(PARAMS, SHARED)
+    assert many.plans.stats().compiles == 1
+    many(PARAMS, SHARED[:3])
+    many(jax.tree.map(lambda leaf: leaf[:2], PARAMS), SHARED)
+    assert many.plans.stats().compiles == 3
+
+
+def test_a_loop_compiles_as_much_for_many_members_as_for_few():
+    counts = []
+    for members in (2, MEMBERS):
+        many = jh.batch_models(apply_fn, in_axes=None, strategy="loop")
+        many(jax.tree.map(lambda leaf, n=members: leaf[:n], PARAMS), SHARED)
+        counts.append(many.plans.stats().compiles)
+    assert counts == [2, 2]
+
+
+def test_auto_tries_once_per_shape_and_counts_its_trials_apart():
+    many = jh.batch_models(apply_fn, in_axes=None)
+    many(PARAMS, SHARED)
+    tried, compiled = many.strategies.trials.stats().compiles, many.plans.stats().compiles
+    assert tried == 5  # All at once, maps of one and of two, and two plans for the loop.
+    assert compiled in (1, 2)
+    many(PARAMS, SHARED)
+    assert many.strategies.trials.stats().compiles == tried
+    assert many.plans.stats().compiles == compiled
+    assert len(many.strategies.chosen) == 1
+
+
+def test_auto_inside_jit_takes_what_was_chosen_before():
+    many = jh.batch_models(apply_fn, in_axes=None)
+    (many(PARAMS, SHARED),)
+    ((kind, _),) = many.strategies.chosen.items()
+    many.strategies.chosen[kind] = many.strategies.chosen[kind]._replace(name="map", chunk=1)
+    assert "while" in jax.jit(many).lower(PARAMS, SHARED).as_text()
+    fresh = jh.batch_models(apply_fn, in_axes=None)
+    assert "while" not in jax.jit(fresh).lower(PARAMS, SHARED).as_text()
+    assert fresh.strategies.trials.stats().compiles == 0
+
+
+def test_several_inputs_have_axes_of_their_own():
+    fn = lambda params, x, scale: {"out": scale * apply_fn(params, x["rows"])}  # noqa: E731
+    many = jh.batch_models(fn, in_axes=({"rows": None}, 0), out_axes=1)
+    scale = np.arange(MEMBERS, dtype=np.float32)
+    out = many(PARAMS, {"rows": SHARED}, scale)["out"]
+    expected = one_by_one(SHARED) * scale[:, None, None]
+    np.testing.assert_allclose(out, expected.swapaxes(0, 1), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="in_axes: saw 2 axes, expected one for each of 1 inputs"):
+        many(PARAMS, SHARED)
+
+
+@pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
+@pytest.mark.parametrize("members", [3, 4])
+def test_members_may_lie_on_several_devices(members):
+    mesh = jax.make_mesh((2,), ("members",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    params = jax.tree.map(lambda leaf: leaf[:members], PARAMS)
+    many = jh.batch_models(
+        apply_fn, in_axes=None, sharding=NamedSharding(mesh, PartitionSpec("members"))
+    )
+    expected = one_by_one(SHARED)[:members]
+    np.testing.assert_allclose(many(params, SHARED), expected, rtol=1e-5, atol=1e-6)
+    with jax.set_mesh(mesh):
+        spec = jh.batch_models(apply_fn, in_axes=None, sharding=PartitionSpec("members"))
+    np.testing.assert_allclose(spec(params, SHARED), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_members_that_disagree_are_refused_by_path():
+    many = jh.batch_models(apply_fn)
+    with pytest.raises(ValueError, match=r"\['b'\]"):
+        many({**PARAMS, "b": PARAMS["b"][:2]}, OWN)
+    with pytest.raises(ValueError, match=r"inputs: saw float32\[7, 5\], expected 4 members"):
+        many(PARAMS, SHARED)
+    assert many.plans.stats().compiles == 0
+
+
+def test_arguments_that_make_no_sense_are_refused():
+    with pytest.raises(TypeError, match="apply_fn: saw an int, expected a function"):
+        jh.batch_models(3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="fast_conv: saw 'always'"):
+        jh.batch_models(apply_fn, fast_conv="always")
+    with pytest.raises(ValueError, match="strategy: saw 'pmap'"):
+        jh.batch_models(apply_fn, strategy="pmap")
+
+
+def test_a_loop_on_trial_is_counted_among_trials():
+    many = jh.batch_models(lambda w, x: w * x, in_axes=None)
+    many(np.ones(3, np.float32), np.ones(4, np.float32))
+    used = 2 if next(iter(many.strategies.chosen.values())).name == "loop" else 1
+    assert many.plans.stats().compiles == used
+    assert many.strategies.trials.stats().compiles == 4
+
+
+def test_inputs_may_be_numbers():
+    many = jh.batch_models(lambda w, scale: w * scale, in_axes=None)
+    np.testing.assert_array_equal(many(np.ones(3, np.float32), 2.0), [2, 2, 2])

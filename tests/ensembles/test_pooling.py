@@ -1,0 +1,119 @@
+"""Pools as slices: values and derivatives of the native ones, ties and NaN included."""
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from jax import lax
+
+from jaxhandler.ensembles.rewriting import fast_conv
+
+
+def max_pool(x, window, strides, padding):
+    return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, padding)
+
+
+def sum_pool(x, window, strides, padding):
+    return lax.reduce_window(x, 0.0, lax.add, window, strides, padding)
+
+
+def is_rewritten(fn, *args) -> bool:
+    return "reduce_window" not in str(jax.make_jaxpr(fn)(*args))
+
+
+def derivatives(fn, weights):
+    def loss(x):
+        return jnp.sum(weights * jnp.sin(fn(x)))
+
+    return jax.jit(
+        lambda x: (fn(x), jax.grad(loss)(x), jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2))(x))
+    )
+
+
+@settings(max_examples=10)
+@given(st.data())
+def test_values_and_two_derivatives_are_native_also_between_equals(data):
+    """Few different numbers, and zeros above all, as behind a ReLU."""
+    sides = st.tuples(*[st.integers(1, 4)] * 2)
+    window, strides = data.draw(sides), data.draw(sides)
+    pads = [data.draw(st.tuples(*[st.integers(0, side - 1)] * 2)) for side in window]
+    shape = tuple(side + data.draw(st.integers(0, 6)) for side in window)
+    numbers = np.random.default_rng(data.draw(st.integers(0, 9)))
+    x = np.maximum(numbers.integers(-3, 3, (2, *shape, 2)), 0).astype("float32")
+    pool = data.draw(st.sampled_from([max_pool, sum_pool]))
+
+    def native(x):
+        return pool(x, (1, *window, 1), (1, *strides, 1), [(0, 0), *pads, (0, 0)])
+
+    weights = numbers.normal(size=native(x).shape).astype("float32")
+    actual = derivatives(fast_conv(native), weights)(x)
+    for one, other in zip(actual, derivatives(native, weights)(x), strict=True):
+        scale = 1 + np.abs(other).max()
+        np.testing.assert_allclose(one / scale, other / scale, atol=1e-5)
+
+
+def test_the_first_of_equals_has_the_whole_gradient():
+    x = jnp.zeros((1, 4, 4, 1))
+    fast = fast_conv(lambda x: max_pool(x, (1, 2, 2, 1), (1, 2, 2, 1), "VALID").sum())
+    assert is_rewritten(fast, x)
+    expected = np.zeros((4, 4))
+    expected[::2, ::2] = 1
+    np.testing.assert_array_equal(jax.grad(fast)(x)[0, ..., 0], expected)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_a_nan_anywhere_in_a_window_comes_out(place):
+    x = jnp.arange(4.0).at[place].set(jnp.nan).reshape(1, 2, 2, 1)
+
+    def native(x):
+        return max_pool(x, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+    assert is_rewritten(fast_conv(native), x)
+    assert jnp.isnan(native(x)).all()
+    assert jnp.isnan(fast_conv(native)(x)).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_pooled_exactly(dtype):
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)).astype(dtype)
+
+    def native(x):
+        low = np.asarray(-np.inf, x.dtype)
+        return lax.reduce_window(x, low, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
+
+    assert is_rewritten(fast_conv(native), x)
+    np.testing.assert_array_equal(fast_conv(native)(x), native(x))
+
+
+def test_whole_numbers_large_windows_and_holes_are_left():
+    x = jnp.ones((1, 20, 20, 1))
+
+    def large(x):
+        return max_pool(x, (1, 9, 9, 1), (1, 1, 1, 1), "SAME")
+
+    def holes(x):
+        window, ones = (1, 2, 2, 1), (1, 1, 1, 1)
+        return lax.reduce_window(x, -jnp.inf, lax.max, window, ones, "SAME", window_dilation=window)
+
+    def whole(x):
+        return lax.reduce_window(x, -(2**31), lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+    assert not is_rewritten(fast_conv(large), x)
+    assert not is_rewritten(fast_conv(holes), x)
+    assert not is_rewritten(fast_conv(whole), x.astype("int32"))
+
+
+def test_sums_are_rewritten_where_windows_overlap():
+    x = jnp.ones((1, 9, 9, 1))
+    overlapping = fast_conv(lambda x: sum_pool(x, (1, 3, 3, 1), (1, 2, 2, 1), "SAME"))
+    apart = fast_conv(lambda x: sum_pool(x, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"))
+    assert is_rewritten(overlapping, x)
+    assert not is_rewritten(apart, x)
+
+
+def test_pools_are_left_where_nothing_was_measured(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    fast = fast_conv(lambda x: max_pool(x, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"))
+    assert not is_rewritten(fast, jnp.ones((1, 4, 4, 1)))
