@@ -63,6 +63,19 @@ def test_the_example_larger_than_memory_stays_within_its_limit(tmp_path: Path) -
     assert not list(scratch.iterdir())
 
 
+def test_the_sweep_runs_with_few_looks_and_cleans_up(tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    printed = run("ensemble_sweep.py", folder, SWEEP_LOOKS="6", TMPDIR=str(scratch))
+    assert accuracy_in(printed) >= 96
+    assert re.search(r"\d of  8 train", printed)
+    assert "calibration error" in printed
+    assert [path.name for path in folder.iterdir()] == ["ensemble_sweep.png"]
+    assert not list(scratch.glob("jaxhandler-*"))
+
+
 @pytest.mark.slow
 def test_the_quickstart_reads_97_of_100_held_out_digits(tmp_path: Path) -> None:
     assert accuracy_in(run("quickstart.py", tmp_path)) >= 97
