@@ -10,7 +10,8 @@ from pathlib import Path
 from benchmarks import page
 
 _NAMES = (
-    "imports", "unused", "nonfinite", "dispatch", "memory", "read", "write", "overlap", "epoch",
+    "imports", "unused", "nonfinite", "dispatch", "memory", "flat", "read", "write", "overlap",
+    "epoch", "ensemble", "ensemble_costs",
 )  # fmt: skip
 
 

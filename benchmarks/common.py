@@ -1,6 +1,7 @@
 """What every benchmark shares: interleaved timing, ratios, a table, a JSON file."""
 
 import argparse
+import contextlib
 import datetime
 import gc
 import importlib.metadata
@@ -10,13 +11,15 @@ import platform
 import random
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 __all__ = [
     "RESULTS",
+    "Memory",
     "arguments",
     "best_of",
     "forget_pages",
@@ -26,12 +29,13 @@ __all__ = [
     "ratio",
     "report",
     "spread",
+    "watch_memory",
 ]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _PACKAGES = (
     "jaxhandler", "jax", "jaxlib", "flax", "optax", "numpy", "keras",
-    "h5py", "pyarrow", "safetensors", "tensorstore", "zarr",
+    "h5py", "pyarrow", "safetensors", "tensorstore", "torch", "torchmb", "zarr",
 )  # fmt: skip
 
 Times = dict[str, list[float]]
@@ -121,6 +125,39 @@ def load_pages(path: Path) -> None:
         buffer = bytearray(2**20)
         while file.readinto(buffer):
             pass
+
+
+class Memory:
+    """Bytes of anonymous memory before and at most during what was watched."""
+
+    def __init__(self) -> None:
+        self.before = self.peak = self.now()
+
+    @staticmethod
+    def now() -> int:
+        """Returns what is resident: without the pages of files, which the system may take back."""
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+        raise RuntimeError("/proc/self/status has no RssAnon; Linux 4.5 or newer has.")
+
+
+@contextlib.contextmanager
+def watch_memory() -> Iterator[Memory]:
+    """Samples the memory of this process in a thread, on Linux."""
+    memory, stop = Memory(), threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(0.002):
+            memory.peak = max(memory.peak, Memory.now())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        yield memory
+    finally:
+        stop.set()
+        sampler.join()
 
 
 def report(

@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import json
 import subprocess
 import tempfile
-import threading
 import time
 from typing import Any
 
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxhandler as jh
-from benchmarks.common import RESULTS, arguments, report
+from benchmarks.common import RESULTS, arguments, report, watch_memory
 
 _COLUMNS = ("rows", "output MiB", "start MiB", "planned MiB", "peak MiB", "seconds")
 _INPUTS, _OUTPUTS = 16, 2000
@@ -63,40 +62,20 @@ def _measure(rows: int) -> dict[str, Any]:
         np.save(path, np.random.default_rng(0).random((rows, _INPUTS), np.float32))
         # JAX's own threads and first arrays are no cost of the run.
         jax.block_until_ready(jax.jit(lambda x: x + 1)(weights))
-        before = _anonymous()
-        peak, stop = [before], threading.Event()
-
-        def sample() -> None:
-            while not stop.wait(0.002):
-                peak[0] = max(peak[0], _anonymous())
-
-        sampler = threading.Thread(target=sample)
-        sampler.start()
         start = time.perf_counter()
-        try:
+        with watch_memory() as memory:
             calculator.calc_from_host(weights, path, out=Path(folder) / "outputs.npy")
-        finally:
-            seconds = time.perf_counter() - start
-            stop.set()
-            sampler.join()
+        seconds = time.perf_counter() - start
         plan = jh.plan_memory(calculator, weights, path, out=Path(folder) / "outputs.npy")
         planned = sum(plan.host.values()) + sum(plan.device.values()) - plan.there
     return {
         "rows": rows,
         "output MiB": rows * _OUTPUTS * 4 / 2**20,
-        "start MiB": before / 2**20,
+        "start MiB": memory.before / 2**20,
         "planned MiB": planned / 2**20,
-        "peak MiB": (peak[0] - before) / 2**20,
+        "peak MiB": (memory.peak - memory.before) / 2**20,
         "seconds": seconds,
     }
-
-
-def _anonymous() -> int:
-    """Returns the bytes of anonymous memory that are resident."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no RssAnon; Linux 4.5 or newer has.")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-__all__ = ["MODELS", "Model", "Task", "keras_model", "loss_fn", "make_task", "row_losses"]
+__all__ = [
+    "LENET", "MLP", "MODELS", "Model", "Task", "keras_model", "loss_fn", "make_task", "row_losses",
+]  # fmt: skip
 
 Params = list[tuple[jax.Array, jax.Array]]
 
@@ -155,8 +157,6 @@ def _lenet(params: Params, x: jax.Array) -> jax.Array:
 
 
 _LENET_WEIGHTS = ((5, 5, 1, 6), (5, 5, 6, 16), (400, 120), (120, 84), (84, 10))
-MODELS = (
-    Model("linear", 60_000, 12_000, (784,), ((784, 10),), _linear),
-    Model("MLP", 60_000, 12_000, (784,), ((784, 256), (256, 10)), _mlp),
-    Model("LeNet-5", 6_000, 1_000, (28, 28, 1), _LENET_WEIGHTS, _lenet),
-)
+MLP = Model("MLP", 60_000, 12_000, (784,), ((784, 256), (256, 10)), _mlp)
+LENET = Model("LeNet-5", 6_000, 1_000, (28, 28, 1), _LENET_WEIGHTS, _lenet)
+MODELS = (Model("linear", 60_000, 12_000, (784,), ((784, 10),), _linear), MLP, LENET)

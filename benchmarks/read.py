@@ -49,6 +49,8 @@ from benchmarks.common import (
     spread,
 )
 
+__all__ = ["FORMATS", "Format"]
+
 _WIDTH = 784
 _COLUMNS = (
     "format", "pages", "pread ms", "ours ms", "own ms", "own reader", "of own", "of pread", "bars",
@@ -57,7 +59,7 @@ _COLUMNS = (
 Peers = dict[str, Callable[[], object]]
 
 
-class _Format(NamedTuple):
+class Format(NamedTuple):
     """A format: how rows are written, how its own readers read them, what was promised of ours."""
 
     write: Callable[[Path, np.ndarray, int], Any]
@@ -69,7 +71,7 @@ class _Format(NamedTuple):
 def main() -> None:
     """Runs the benchmark."""
     parser = arguments(__doc__, rounds=15)
-    parser.add_argument("--formats", nargs="*", choices=_FORMATS, default=list(_FORMATS))
+    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
     options = parser.parse_args()
     rounds = min(options.rounds, 2) if options.quick else options.rounds
     size = 1_000 if options.quick else 10_000
@@ -82,7 +84,7 @@ def main() -> None:
         for name in options.formats:
             path = Path(folder, name, "x").with_suffix(name.split()[0])
             path.parent.mkdir()
-            _FORMATS[name].write(path, values, size)
+            FORMATS[name].write(path, values, size)
             for pages in ("warm", "cold"):
                 if pages == "warm" or hasattr(os, "posix_fadvise"):
                     rows.append(_row(name, path, plain, pages, values, size, rounds))
@@ -97,7 +99,7 @@ def main() -> None:
 def _row(
     name: str, path: Path, plain: Path, pages: str, values: np.ndarray, size: int, rounds: int
 ) -> dict[str, Any]:
-    kind = _FORMATS[name]
+    kind = FORMATS[name]
     count = len(values)
     buffer = _aligned(size)
     with warnings.catch_warnings():
@@ -290,19 +292,19 @@ def _own_safetensors(path: Path, count: int, size: int, buffer: np.ndarray) -> P
 
 
 _LZ4 = {"compressors": zarr.codecs.BloscCodec(cname="lz4")}
-_FORMATS = {
-    ".npy": _Format(_write_npy, _own_npy, None, 1.15),
-    ".npz": _Format(_write_npz, _own_npz),
-    ".safetensors": _Format(_write_safetensors, _own_safetensors),
-    ".h5 contiguous": _Format(_write_hdf5(), _own_hdf5, 1.1, 1.5),
-    ".h5 chunked": _Format(_write_hdf5(shuffle=False), _own_hdf5),
-    ".zarr raw": _Format(_write_zarr(compressors=None), _own_zarr, 1.1, 2.0),
-    ".zarr raw, format 2": _Format(_write_zarr(compressors=None, zarr_format=2), _own_zarr, 1.1, 2),
-    ".zarr lz4": _Format(_write_zarr(**_LZ4), _own_zarr),
-    ".zarr zstd": _Format(_write_zarr(), _own_zarr),
-    ".arrow": _Format(_write_arrow, _own_arrow, 1.1, 2.0),
-    ".feather lz4": _Format(_write_feather, _own_arrow),
-    ".parquet": _Format(_write_parquet, _own_parquet),
+FORMATS = {
+    ".npy": Format(_write_npy, _own_npy, None, 1.15),
+    ".npz": Format(_write_npz, _own_npz),
+    ".safetensors": Format(_write_safetensors, _own_safetensors),
+    ".h5 contiguous": Format(_write_hdf5(), _own_hdf5, 1.1, 1.5),
+    ".h5 chunked": Format(_write_hdf5(shuffle=False), _own_hdf5),
+    ".zarr raw": Format(_write_zarr(compressors=None), _own_zarr, 1.1, 2.0),
+    ".zarr raw, format 2": Format(_write_zarr(compressors=None, zarr_format=2), _own_zarr, 1.1, 2),
+    ".zarr lz4": Format(_write_zarr(**_LZ4), _own_zarr),
+    ".zarr zstd": Format(_write_zarr(), _own_zarr),
+    ".arrow": Format(_write_arrow, _own_arrow, 1.1, 2.0),
+    ".feather lz4": Format(_write_feather, _own_arrow),
+    ".parquet": Format(_write_parquet, _own_parquet),
 }
 
 
