@@ -50,12 +50,14 @@ class BatchedModels:
     def __init__(
         self,
         apply_fn: Callable[..., Any],
+        alone_fn: Callable[..., Any],
         in_axes: Any,
         out_axes: Any,
         strategies: Strategies,
         sharding: Any,
     ) -> None:
-        self._fn, self._in_axes, self._out_axes = apply_fn, in_axes, out_axes
+        self._fn, self._alone_fn = apply_fn, alone_fn
+        self._in_axes, self._out_axes = in_axes, out_axes
         self._sharding = sharding
         self.strategies = strategies
         self.plans = PlanCache()
@@ -95,8 +97,12 @@ class BatchedModels:
         members, in_axes = num_members(params), self._axes(len(inputs))
         for number, (tree, axes) in enumerate(zip(inputs, in_axes[1:], strict=True)):
             check_axes("inputs" if len(inputs) == 1 else f"inputs[{number}]", tree, axes, members)
-        parts = self._fn, in_axes, self._out_axes
-        return members, lambda found: over_members(*parts, found, members, self._sharding)
+
+        def make(found: Strategy) -> Callable[..., Any]:
+            fn = self._alone_fn if found.name == "loop" else self._fn
+            return over_members(fn, in_axes, self._out_axes, found, members, self._sharding)
+
+        return members, make
 
     def _prepared(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """Returns what a call with such arguments runs: a plan, or a loop over one."""
@@ -127,7 +133,7 @@ class BatchedModels:
     ) -> Any:
         """Runs one plan once per member; it cuts its member out of the stack itself."""
         given = (np.int32(0), *args)
-        build = lambda: compile_plan(of_member(self._fn, in_axes), given)  # noqa: E731
+        build = lambda: compile_plan(of_member(self._alone_fn, in_axes), given)  # noqa: E731
         plan = plans.get(("member", signature(given)), build)
         outs = [plan(np.int32(member), *args) for member in range(members)]
         join = lambda: compile_plan(lambda outs: stack_outs(outs, self._out_axes), (outs,))  # noqa: E731
@@ -158,7 +164,8 @@ def batch_models(
             takes the fastest. Inside `jit`, `grad` or `vmap` nothing can be tried: there "auto"
             is what a call with arrays of these shapes chose before, else "vmap".
         chunk: Members at a time of a "map".
-        fast_conv: Whether `jh.fast_conv` rewrites convolutions, where that pays; "auto" is True.
+        fast_conv: Whether `jh.fast_conv` rewrites convolutions, where that pays; "auto" leaves them
+            in a "loop", where each member is computed alone.
         sharding: Lays members over devices: `NamedSharding(mesh, PartitionSpec(axis))`, or the spec
             alone under `jax.set_mesh`. If they do not divide, some devices compute one twice.
 
@@ -182,6 +189,7 @@ def batch_models(
     names = ("vmap", "map") if sharding is not None else ("vmap", "map", "loop")
     return BatchedModels(
         rewritten(apply_fn) if fast_conv else apply_fn,
+        rewritten(apply_fn) if fast_conv is True else apply_fn,
         in_axes,
         out_axes,
         Strategies(strategy, chunk, names),

@@ -156,3 +156,20 @@ def test_a_loop_on_trial_is_counted_among_trials():
 def test_inputs_may_be_numbers():
     many = jh.batch_models(lambda w, scale: w * scale, in_axes=None)
     np.testing.assert_array_equal(many(np.ones(3, np.float32), 2.0), [2, 2, 2])
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="left as they are elsewhere")
+def test_convolutions_are_rewritten_over_members_but_not_for_one_alone():
+    def convolve(kernel, x):
+        return jax.lax.conv(x, kernel, (1, 1), "SAME")
+
+    kernels, x = np.ones((3, 4, 1, 3, 3), np.float32), np.ones((8, 1, 6, 6), np.float32)
+    expected = jax.vmap(convolve, (0, None))(kernels, x)
+    native = set()
+    for fast_conv in ("auto", True, False):
+        for strategy in ("vmap", "loop"):
+            many = jh.batch_models(convolve, in_axes=None, strategy=strategy, fast_conv=fast_conv)
+            np.testing.assert_allclose(many(kernels, x), expected, rtol=1e-5)
+            if "stablehlo.convolution" in jax.jit(many).lower(kernels, x).as_text():
+                native.add((fast_conv, strategy))
+    assert native == {("auto", "loop"), (False, "vmap"), (False, "loop")}
