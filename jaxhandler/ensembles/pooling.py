@@ -27,9 +27,10 @@ def max_pool_form(eqn: Any) -> Callable[[jax.Array], jax.Array] | None:
         eqn: The equation.
 
     Returns:
-        A function of the equation's operand with the very derivatives of the native one, also
+        A function of the equation's operand with the value and the gradient of the native one, also
         where several elements of a window are its maximum: the first of them has the gradient.
-        None for large windows, whole numbers, and on other backends than CPU.
+        Forward and second derivatives agree with that; XLA's follow another of the equals. None for
+        large windows, whole numbers, and on other backends than CPU.
     """
     if not jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating):
         return None

@@ -17,7 +17,8 @@ def fast_conv(fn: Callable[..., Any]) -> Callable[..., Any]:
     Each convolution becomes a matrix product, of patches of the input and a banded matrix of the
     kernel, and each max-pool a chain of strided slices. On CPU that trains ten LeNet-5 under `vmap`
     about three times as fast, and compiles no slower. Values, and derivatives of any order, are the
-    native ones but for rounding; a max-pool's gradient goes to the first of equals, as natively.
+    native ones but for rounding. A max-pool's gradient goes to the first of equals, as natively;
+    there, XLA's forward and second derivatives do not agree with its gradient, and these do.
 
     Apply it to the model or the loss, before it is differentiated, batched or jitted: a gradient
     inside `fn` has convolutions of its own, and some of them stay. It is meant for functions that

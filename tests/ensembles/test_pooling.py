@@ -23,35 +23,67 @@ def is_rewritten(fn, *args) -> bool:
     return "reduce_window" not in str(jax.make_jaxpr(fn)(*args))
 
 
-def derivatives(fn, weights):
-    def loss(x):
-        return jnp.sum(weights * jnp.sin(fn(x)))
-
-    return jax.jit(
-        lambda x: (fn(x), jax.grad(loss)(x), jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2))(x))
-    )
-
-
-@settings(max_examples=10)
-@given(st.data())
-def test_values_and_two_derivatives_are_native_also_between_equals(data):
-    """Few different numbers, and zeros above all, as behind a ReLU."""
+@st.composite
+def pools(draw: st.DrawFn):
+    """A pool of images `[2, H, W, 2]`, their shape, and numbers to fill them with."""
     sides = st.tuples(*[st.integers(1, 4)] * 2)
-    window, strides = data.draw(sides), data.draw(sides)
-    pads = [data.draw(st.tuples(*[st.integers(0, side - 1)] * 2)) for side in window]
-    shape = tuple(side + data.draw(st.integers(0, 6)) for side in window)
-    numbers = np.random.default_rng(data.draw(st.integers(0, 9)))
-    x = np.maximum(numbers.integers(-3, 3, (2, *shape, 2)), 0).astype("float32")
-    pool = data.draw(st.sampled_from([max_pool, sum_pool]))
+    window, strides = draw(sides), draw(sides)
+    pads = [draw(st.tuples(*[st.integers(0, side - 1)] * 2)) for side in window]
+    shape = (2, *(side + draw(st.integers(0, 6)) for side in window), 2)
+    pool = draw(st.sampled_from([max_pool, sum_pool]))
 
     def native(x):
         return pool(x, (1, *window, 1), (1, *strides, 1), [(0, 0), *pads, (0, 0)])
 
+    return native, shape, np.random.default_rng(draw(st.integers(0, 9)))
+
+
+def gradient(fn, weights):
+    return jax.grad(lambda x: jnp.sum(weights * jnp.sin(fn(x))))
+
+
+def assert_close(actual, expected):
+    scale = 1 + np.abs(expected).max()
+    np.testing.assert_allclose(actual / scale, expected / scale, atol=1e-5)
+
+
+@settings(max_examples=12)
+@given(pools())
+def test_values_and_gradients_are_native_also_between_equals(drawn):
+    """Few different numbers, and zeros above all, as behind a ReLU."""
+    native, shape, numbers = drawn
+    x = np.maximum(numbers.integers(-3, 3, shape), 0).astype("float32")
     weights = numbers.normal(size=native(x).shape).astype("float32")
-    actual = derivatives(fast_conv(native), weights)(x)
-    for one, other in zip(actual, derivatives(native, weights)(x), strict=True):
-        scale = 1 + np.abs(other).max()
-        np.testing.assert_allclose(one / scale, other / scale, atol=1e-5)
+    fast = fast_conv(native)
+    assert_close(jax.jit(fast)(x), native(x))
+    assert_close(jax.jit(gradient(fast, weights))(x), jax.jit(gradient(native, weights))(x))
+
+
+@settings(max_examples=6)
+@given(pools())
+def test_second_derivatives_are_native(drawn):
+    native, shape, numbers = drawn
+    x = numbers.permutation(np.prod(shape)).reshape(shape).astype("float32")
+    weights = numbers.normal(size=native(x).shape).astype("float32")
+
+    def second(fn):
+        return jax.jit(jax.grad(lambda x: jnp.sum(gradient(fn, weights)(x) ** 2)))
+
+    assert_close(second(fast_conv(native))(x), second(native)(x))
+
+
+def test_forward_and_backward_derivatives_agree_between_equals():
+    """The native ones do not: forwards, another of the equals is the maximum."""
+    numbers = np.random.default_rng(1)
+    x = np.maximum(numbers.integers(-3, 3, (2, 6, 6, 2)), 0).astype("float32")
+    fast = fast_conv(lambda x: max_pool(x, (1, 3, 3, 1), (1, 2, 2, 1), "SAME"))
+    tangent = numbers.normal(size=x.shape).astype("float32")
+    out, forward = jax.jvp(fast, (x,), (tangent,))
+    cotangent = numbers.normal(size=out.shape).astype("float32")
+    [backward] = jax.vjp(fast, x)[1](cotangent)
+    np.testing.assert_allclose(
+        np.vdot(cotangent, forward), np.vdot(backward, tangent), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_first_of_equals_has_the_whole_gradient():
