@@ -343,8 +343,6 @@ def test_notebook_needs_no_widgets(monkeypatch, capsys):
 
 
 def test_notebook_with_a_real_kernel():
-    for name in ("IPython", "ipykernel", "jupyter_client"):
-        pytest.importorskip(name)
     cell = (
         "import sys, warnings; warnings.simplefilter('error'); sys.modules['ipywidgets'] = None\n"
         "from jaxhandler.handlers.progress import Progress, ProgressBar\n"

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import tensorstore
 import zarr
 
 from jaxhandler.data.sinks import FileSink
@@ -87,7 +88,6 @@ def test_the_store_is_of_version_3(path):
 
 
 def test_tensorstore_reads_it(path):
-    tensorstore = pytest.importorskip("tensorstore")
     x = np.arange(50, dtype=np.float32).reshape(25, 2)
     write(path, {"a": {"b": x}}, rows_per_write=10)
     place = {"driver": "file", "path": str(path / "a" / "b")}
