@@ -23,6 +23,8 @@ from jaxhandler.ensembles.stopping import early_stopping as early_stopping
 from jaxhandler.ensembles.stopping import halve as halve
 from jaxhandler.errors import IsolationError as IsolationError
 from jaxhandler.errors import NonFiniteError as NonFiniteError
+from jaxhandler.errors import RowDependenceError as RowDependenceError
+from jaxhandler.errors import SealedError as SealedError
 from jaxhandler.handlers import callbacks as callbacks
 from jaxhandler.handlers.calculator import Calculator as Calculator
 from jaxhandler.handlers.calculator import calculator as calculator
@@ -37,6 +39,10 @@ from jaxhandler.handlers.training import TrainInfo as TrainInfo
 from jaxhandler.handlers.training import TrainState as TrainState
 from jaxhandler.handlers.validator import Validator as Validator
 from jaxhandler.handlers.validator import validator as validator
+from jaxhandler.inference import policies as policies
+from jaxhandler.inference.engine import InfererStats as InfererStats
+from jaxhandler.inference.inferer import MemoizingInferer as MemoizingInferer
+from jaxhandler.inference.inferer import memoizing_inferer as memoizing_inferer
 from jaxhandler.models.adapters import from_linen as from_linen
 from jaxhandler.models.adapters import from_nnx as from_nnx
 from jaxhandler.models.precision import cast as cast
@@ -56,14 +62,18 @@ __all__ = [
     "Calculator",
     "EarlyStopping",
     "Handler",
+    "InfererStats",
     "IsolationError",
     "Mean",
+    "MemoizingInferer",
     "MemoryPlan",
     "NonFiniteError",
     "PlanCache",
     "PlanStats",
     "Progress",
+    "RowDependenceError",
     "RunReport",
+    "SealedError",
     "Source",
     "StoppingState",
     "TrainInfo",
@@ -90,9 +100,11 @@ __all__ = [
     "handler",
     "init_members",
     "map_data",
+    "memoizing_inferer",
     "num_members",
     "open_source",
     "plan_memory",
+    "policies",
     "replicate",
     "slice_data",
     "stack",

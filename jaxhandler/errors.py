@@ -10,6 +10,8 @@ from typing import Any
 __all__ = [
     "IsolationError",
     "NonFiniteError",
+    "RowDependenceError",
+    "SealedError",
     "a_type",
     "check_choice",
     "check_count",
@@ -33,6 +35,24 @@ class NonFiniteError(FloatingPointError):
 
     Example:
         >>> issubclass(NonFiniteError, FloatingPointError)
+        True
+    """
+
+
+class RowDependenceError(ValueError):
+    """An output row of a model depends on rows other than its own, or on how many there are.
+
+    Example:
+        >>> issubclass(RowDependenceError, ValueError)
+        True
+    """
+
+
+class SealedError(RuntimeError):
+    """A sealed inferer was asked for something that it would have to compile first.
+
+    Example:
+        >>> issubclass(SealedError, RuntimeError)
         True
     """
 

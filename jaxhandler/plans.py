@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from jaxhandler.errors import check_count
+from jaxhandler.tally import Tally
 
-__all__ = ["PlanCache", "PlanStats", "compile_plan", "signature"]
+__all__ = ["GONE", "Held", "PlanCache", "PlanStats", "compile_plan", "signature"]
 
 
 class PlanStats(NamedTuple):
@@ -40,8 +41,19 @@ class PlanStats(NamedTuple):
     size: int
 
 
+GONE = object()
+"""Stands where a plan was."""
+
+
 @dataclass(slots=True)
-class _Entry:
+class Held:
+    """A plan in a cache.
+
+    Attributes:
+        plan: The plan; `GONE` once the cache has let it go.
+        used: When it was used last, a number that grows.
+    """
+
     plan: Any
     used: int
 
@@ -55,8 +67,8 @@ class PlanCache:
     get its error, and the next one who asks builds again.
 
     Args:
-        max_plans: The most plans to hold; the one unused for longest is dropped first. None, the
-            default, holds all.
+        max_plans: The most plans to hold, those being built included; the one unused for longest is
+            dropped first, before the new one is built. None, the default, holds all.
 
     Raises:
         TypeError: If `max_plans` is not a whole number.
@@ -71,16 +83,18 @@ class PlanCache:
     """
 
     max_plans: int | None = None
-    _plans: dict[Hashable, _Entry] = field(default_factory=dict, init=False, repr=False)
+    _plans: dict[Hashable, Held] = field(default_factory=dict, init=False, repr=False)
     _building: dict[Hashable, Future[Any]] = field(default_factory=dict, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
-    _tick: Any = field(default_factory=itertools.count, init=False, repr=False)
+    _tick: Callable[[], int] = field(init=False, repr=False)
     _counts: dict[str, float] = field(init=False, repr=False)
+    _hits: Tally = field(default_factory=Tally, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.max_plans is not None:
             check_count("max_plans", self.max_plans)
-        names = ("hits", "misses", "compiles", "compile_seconds", "evictions")
+        self._tick = itertools.count().__next__
+        names = ("misses", "compiles", "compile_seconds", "evictions")
         self._counts = dict.fromkeys(names, 0)
 
     def get(self, key: Hashable, build: Callable[[], Any]) -> Any:
@@ -97,34 +111,56 @@ class PlanCache:
             Exception: Whatever `build` raises.
         """
         entry = self._plans.get(key)
-        if entry is not None:
-            entry.used = next(self._tick)
-            self._count("hits", 1)
-            return entry.plan
+        if entry is not None and (plan := entry.plan) is not GONE:
+            entry.used = self._tick()
+            self._hits.add()
+            return plan
         with self._lock:
             entry = self._plans.get(key)
+            plan = entry.plan if entry else None
             future = self._building.get(key)
-            self._counts["hits" if entry else "misses"] += 1
             mine = entry is None and future is None
+            if entry is None:
+                self._counts["misses"] += 1
+            else:
+                self._hits.add()
             if mine:
                 future = self._building[key] = Future()
+                self._evict()
         if entry is not None:
-            return entry.plan
+            return plan
         assert future is not None
         return self._build(key, build, future) if mine else self._wait(key, build, future)
+
+    def held(self, key: Hashable) -> Held | None:
+        """Tells how the cache holds the plan for `key`, to call it without a look-up each time.
+
+        Args:
+            key: As in `get`.
+
+        Returns:
+            A `Held`, or None where there is no plan; what is called through it is no hit here.
+        """
+        return self._plans.get(key)
+
+    def used(self, held: Held) -> None:
+        """Notes that a plan was called through its `Held`, so that it is not the next to go.
+
+        Args:
+            held: What `held` returned.
+        """
+        held.used = self._tick()
 
     def _build(self, key: Hashable, build: Callable[[], Any], future: Future[Any]) -> Any:
         start = time.perf_counter()
         try:
             plan = build()
             with self._lock:
-                self._plans[key] = _Entry(plan, next(self._tick))
+                self._plans[key] = Held(plan, self._tick())
                 self._counts["compiles"] += 1
                 self._counts["compile_seconds"] += time.perf_counter() - start
-                while self.max_plans is not None and len(self._plans) > self.max_plans:
-                    del self._plans[min(self._plans, key=lambda key: self._plans[key].used)]
-                    self._counts["evictions"] += 1
                 del self._building[key]
+                self._evict()
         except BaseException as error:
             with self._lock:
                 self._building.pop(key, None)
@@ -143,6 +179,21 @@ class PlanCache:
         self._count("misses", -1)
         return self.get(key, build)
 
+    def _evict(self) -> None:
+        bound = self.max_plans
+        while bound is not None and self._plans and len(self._plans) + len(self._building) > bound:
+            oldest = min(self._plans, key=lambda key: self._plans[key].used)
+            self._plans.pop(oldest).plan = GONE
+            self._counts["evictions"] += 1
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._plans
+
+    def keys(self) -> list[Any]:
+        """Returns the keys of the plans held now, those longest held first."""
+        with self._lock:
+            return list(self._plans)
+
     def _count(self, name: str, by: float) -> None:
         with self._lock:
             self._counts[name] += by
@@ -152,11 +203,16 @@ class PlanCache:
         with self._lock:
             counts = {name: int(count) for name, count in self._counts.items()}
             seconds = float(self._counts["compile_seconds"])
-            return PlanStats(**{**counts, "compile_seconds": seconds, "size": len(self._plans)})
+            return PlanStats(
+                self._hits.read(),
+                **{**counts, "compile_seconds": seconds, "size": len(self._plans)},
+            )
 
     def clear(self) -> None:
         """Drops every plan; the counts stay."""
         with self._lock:
+            for entry in self._plans.values():
+                entry.plan = GONE
             self._plans.clear()
 
 

@@ -1,0 +1,368 @@
+"""The engine of an inferer: plans by bucket, compiled, kept and run for any number of rows."""
+
+import operator
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from jaxhandler.errors import SealedError, explain
+from jaxhandler.inference.behind import Behind
+from jaxhandler.inference.buckets import Observed
+from jaxhandler.inference.costs import Costs
+from jaxhandler.inference.policies import Part, Policy
+from jaxhandler.inference.rows import Rows, pad, traced_outputs, trim
+from jaxhandler.plans import GONE, Held, PlanCache, compile_plan
+from jaxhandler.tally import Tally
+
+__all__ = ["Engine", "Hidden", "InfererStats"]
+
+_FIRST_LOOK = 16
+_LOOKS_GROW = 1.3
+_MOST_AT_ONCE = 64
+_MOST_SHAPES = 4096
+_DTYPE = operator.attrgetter("dtype")
+_SHAPE = operator.attrgetter("shape")
+_TIMED_EVERY = 8
+
+
+class InfererStats(NamedTuple):
+    """What an inferer has done since it was made.
+
+    Attributes:
+        hits: Calls of plans that were there.
+        misses: Calls whose plan had to be compiled, or waited for.
+        compiles: Plans compiled.
+        compile_seconds: Seconds spent compiling, traces included.
+        rows: Rows asked for.
+        padded_rows: Rows added to fill buckets.
+        evictions: Plans dropped to stay within `max_plans`.
+        sizes: How many requests had how many rows.
+
+    Example:
+        >>> InfererStats(rows=3, padded_rows=1).padding
+        0.25
+    """
+
+    hits: int = 0
+    misses: int = 0
+    compiles: int = 0
+    compile_seconds: float = 0.0
+    rows: int = 0
+    padded_rows: int = 0
+    evictions: int = 0
+    sizes: dict[int, int] = {}  # noqa: RUF012
+
+    @property
+    def padding(self) -> float:
+        """Added rows as a fraction of all rows computed."""
+        return self.padded_rows / max(self.rows + self.padded_rows, 1)
+
+
+class Hidden(Protocol):
+    """What wrappers do around a plan: fill inputs that the caller does not give, keep outputs."""
+
+    def fill(self, leaves: list[Any], start: int, stop: int, bucket: int) -> None:
+        """Puts arrays `[bucket, ...]` into the leaves of rows `start` to `stop` that are None."""
+        ...
+
+    def keep(self, outputs: Sequence[Any], start: int, stop: int, bucket: int) -> None:
+        """Looks at the outputs `[bucket, ...]` of rows `start` to `stop`."""
+        ...
+
+
+class Engine:
+    """The plans of one function, shared by all inferers that differ in parameters or wrappers.
+
+    Attributes:
+        inputs: The form of inputs.
+        outputs: The form of outputs.
+        plans: The plan cache; its keys are buckets.
+        policy: How requests become calls now.
+        frozen: The parameters' leaves, where they are constants of the plans; else None.
+
+    Args:
+        apply_fn: `apply_fn(params, inputs)`.
+        params: The parameters, arrays.
+        inputs: The form of inputs.
+        out_axis: Where rows are in outputs.
+        policy: How requests become calls.
+        max_plans: The most plans to hold; None for no bound but the policy's.
+        background: Whether a larger plan serves while a bucket's own is compiled in a thread.
+        freeze: Whether parameters become constants of the plans.
+    """
+
+    def __init__(
+        self,
+        apply_fn: Callable[..., Any],
+        params: Any,
+        inputs: Rows,
+        out_axis: int,
+        policy: Policy,
+        max_plans: int | None,
+        background: bool,
+        freeze: bool,
+    ) -> None:
+        leaves, self._structure = jax.tree.flatten(params)
+        self.apply_fn, self.inputs, self.policy = apply_fn, inputs, policy
+        self.background, self.max_plans = background, max_plans
+        self.outputs = traced_outputs(apply_fn, params, inputs, out_axis)
+        self.frozen = tuple(leaves) if freeze else None
+        self._given = () if freeze else tuple(leaves)
+        bounds = [bound for bound in (max_plans, policy.max_plans) if bound is not None]
+        self.plans = PlanCache(min(bounds, default=None))
+        # A cache counts what is being built as held, but cannot drop it.
+        self._slots = threading.Semaphore(self.plans.max_plans or _MOST_AT_ONCE)
+        self.costs = Costs()
+        self._lock = threading.Lock()
+        self._padded = 0
+        # By classes and shapes of inputs: the one plan that serves them, as the policy would say.
+        # Requests are counted by rows, apart for those that found theirs here and the others.
+        self._known: dict[tuple[Any, ...], tuple[Held, Tally, Part]] = {}
+        self._requests: dict[Part, Tally] = {}
+        self._sizes: Counter[int] = Counter()
+        self._next_look = _FIRST_LOOK
+        self.sealed = False
+        self._behind = Behind(self.plan)
+
+    def run(
+        self,
+        params: tuple[Any, ...],
+        inputs: list[Any],
+        *,
+        device: bool = False,
+    ) -> list[Any]:
+        """Computes the outputs of rows.
+
+        Args:
+            params: The parameters' leaves; none where they are frozen.
+            inputs: The inputs' leaves `[N, ...]`.
+            device: Whether to keep JAX arrays, where one plan computes all rows and none is added.
+
+        Returns:
+            The outputs' leaves `[N, ...]`, NumPy arrays of the caller's own.
+
+        Raises:
+            SealedError: If a plan is missing and none may be compiled.
+        """
+        try:
+            held, requests, part = self._known[*map(type, inputs), *map(_SHAPE, inputs)]
+        except (AttributeError, KeyError):
+            return self.run_parts(params, *self.inputs.check(inputs), device)
+        plan = held.plan
+        if plan is GONE or [*map(_DTYPE, inputs)] != self.inputs.dtypes:
+            return self.run_parts(params, *self.inputs.check(inputs), device)
+        rows, bucket = part
+        self.plans.used(held)
+        timed, start = requests.add() % _TIMED_EVERY == 0, time.perf_counter()
+        if rows < bucket:
+            outputs = plan(*params, *[pad(leaf, bucket, self.inputs.axis) for leaf in inputs])
+            outputs = [trim(output, rows, self.outputs.axis) for output in outputs]
+        elif not device:
+            outputs = [*map(np.array, plan(*params, *inputs))]
+        else:
+            outputs = plan(*params, *inputs)
+            if not _wait_for(outputs, inputs):
+                return outputs
+        if timed:
+            self.costs.called(bucket, time.perf_counter() - start)
+            self._look()
+        return outputs
+
+    def run_parts(
+        self,
+        params: tuple[Any, ...],
+        num_rows: int,
+        leaves: list[Any],
+        device: bool = False,
+        hidden: Hidden | None = None,
+    ) -> list[Any]:
+        """Computes the outputs of rows that were checked, part by part, as the policy says.
+
+        Args:
+            params: As in `run`.
+            num_rows: How many rows, `N`.
+            leaves: The inputs' leaves `[N, ...]`; None where `hidden` fills them.
+            device: As in `run`.
+            hidden: What wrappers do around each plan.
+
+        Returns:
+            As `run` does.
+
+        Raises:
+            SealedError: If a plan is missing and none may be compiled.
+        """
+        wanted = parts = self.policy.parts(num_rows) if num_rows else ()
+        if self.background:
+            parts = self._served_now(parts)
+        plans = [self.plan(part.bucket) for part in parts]
+        begin, start, found = time.perf_counter(), 0, []
+        for (rows, bucket), plan in zip(parts, plans, strict=True):
+            stop = start + rows
+            args = [self.inputs.cut(leaf, start, stop, num_rows, bucket) for leaf in leaves]
+            if hidden is not None:
+                hidden.fill(args, start, stop, bucket)
+            outputs = plan(*params, *args)
+            if hidden is not None:
+                hidden.keep(outputs, start, stop, bucket)
+            found.append(outputs)
+            start = stop
+        if device and len(parts) == 1 and parts[0].rows == parts[0].bucket:
+            _wait_for(found[0], leaves)
+            joined = list(found[0])
+        else:
+            joined = self._joined(found, parts)
+        if len(parts) == 1:
+            self.costs.called(parts[0].bucket, time.perf_counter() - begin)
+        with self._lock:
+            self._sizes[num_rows] += 1
+            self._padded += sum(part.bucket for part in parts) - num_rows
+            if len(parts) == 1 and parts == wanted and hidden is None:
+                self._remember(leaves, parts[0])
+        self._look()
+        return joined
+
+    def _joined(self, found: Sequence[Sequence[Any]], parts: Sequence[Part]) -> list[np.ndarray]:
+        if not parts:
+            return self.outputs.empty()
+        axis = self.outputs.axis
+        cut = [
+            [trim(output, part.rows, axis) for output in outputs]
+            for outputs, part in zip(found, parts, strict=True)
+        ]
+        if len(cut) == 1:
+            return cut[0]
+        return [np.concatenate(pieces, axis=axis) for pieces in zip(*cut, strict=True)]
+
+    def _remember(self, leaves: list[Any], part: Part) -> None:
+        """Lets the next call with arrays of these shapes find its plan at once."""
+        held = self.plans.held(part.bucket)
+        requests = self._requests.setdefault(part, Tally())
+        if held is not None and len(self._known) < _MOST_SHAPES:
+            self._known[*map(type, leaves), *map(_SHAPE, leaves)] = held, requests, part
+
+    def plan(self, bucket: int) -> Any:
+        """Returns the plan of a bucket, compiling it where nobody has.
+
+        Raises:
+            SealedError: If it would have to be compiled and none may be.
+        """
+        if self.sealed and bucket not in self.plans:
+            self._refuse(bucket)
+        return self.plans.get(bucket, lambda: self._compile(bucket))
+
+    def preload(self, sizes: Iterable[int]) -> None:
+        """Compiles the plans that requests of these sizes will need, several at a time."""
+        wanted = {part.bucket for size in sizes for part in self.policy.parts(size)}
+        missing = [bucket for bucket in sorted(wanted) if bucket not in self.plans]
+        if not missing:
+            return
+        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
+            list(pool.map(self.plan, missing))
+
+    def seal(self) -> None:
+        """From now on compiles nothing; waits for what is being compiled."""
+        self.sealed = True
+        self.wait()
+
+    def wait(self) -> None:
+        """Waits until no plan is being compiled in the background."""
+        self._behind.wait()
+
+    def predict(self, num_rows: int) -> float:
+        """Returns the seconds a request of `num_rows` will take, compiles it needs included."""
+        stats = self.plans.stats()
+        one = stats.compile_seconds / max(stats.compiles, 1)
+        parts = self.policy.parts(num_rows)
+        missing = {part.bucket for part in parts if part.bucket not in self.plans}
+        return len(missing) * one + sum(self.costs.predict(part.bucket) for part in parts)
+
+    def stats(self) -> InfererStats:
+        """Returns the counts so far."""
+        plans = self.plans.stats()
+        with self._lock:
+            sizes, padded, hits = self._sizes.copy(), self._padded, plans.hits
+            for (rows, bucket), tally in self._requests.items():
+                count = tally.read()
+                sizes[rows] += count
+                padded += count * (bucket - rows)
+                hits += count
+        return InfererStats(
+            hits=hits,
+            misses=plans.misses,
+            compiles=plans.compiles,
+            compile_seconds=plans.compile_seconds,
+            rows=sum(size * count for size, count in sizes.items()),
+            padded_rows=padded,
+            evictions=plans.evictions,
+            sizes={size: count for size, count in sorted(sizes.items()) if count},
+        )
+
+    def _compile(self, bucket: int) -> Any:
+        structure, count, frozen = self._structure, len(self._given), self.frozen
+        apply_fn, inputs = self.apply_fn, self.inputs.structure
+
+        def fn(*flat: Any) -> tuple[Any, ...]:
+            params = structure.unflatten(flat[:count] if frozen is None else frozen)
+            return tuple(jax.tree.leaves(apply_fn(params, inputs.unflatten(flat[count:]))))
+
+        with self._slots:
+            return compile_plan(fn, (*self._given, *self.inputs.types(bucket)))
+
+    def _look(self) -> None:
+        """Lets a policy that learns choose its buckets anew, where enough has been seen since."""
+        learn = self.policy.learn
+        if learn is None or self.sealed:
+            return
+        stats = self.stats()
+        with self._lock:
+            requests = sum(stats.sizes.values())
+            if requests < self._next_look:
+                return
+            self._next_look = int(requests * _LOOKS_GROW) + 1
+        sizes = {size: count for size, count in stats.sizes.items() if size}
+        one = stats.compile_seconds / max(stats.compiles, 1)
+        compiled = frozenset(self.plans.keys())
+        self.policy = learn(Observed(sizes, self.costs.measured(), one, compiled))
+        self._known = {}
+
+    def _served_now(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """Replaces buckets without a plan by the next larger ones that have one."""
+        missing = [part for part in parts if part.bucket not in self.plans]
+        if not missing:
+            return parts
+        there = sorted(self.plans.keys())
+        larger = {
+            part.bucket: next((bucket for bucket in there if bucket > part.bucket), None)
+            for part in missing
+        }
+        for bucket, substitute in larger.items():
+            if substitute is not None and not self.sealed:
+                self._behind.ask(bucket)
+        return [Part(part.rows, larger.get(part.bucket) or part.bucket) for part in parts]
+
+    def _refuse(self, bucket: int) -> None:
+        shapes = ", ".join(
+            f"inputs{name} {list(kind.shape)}"
+            for name, kind in zip(self.inputs.names, self.inputs.types(bucket), strict=True)
+        )
+        sizes = sorted(self.plans.keys())
+        fix = f"Call infer.preload(({bucket},)) before infer.seal(), or use a policy that pads."
+        seen = f"a request that needs a plan for {shapes}"
+        expected = f"one of the sealed buckets {sizes}"
+        raise SealedError(explain("inputs", seen=seen, expected=expected, fix=fix))
+
+
+def _wait_for(outputs: Sequence[Any], leaves: Sequence[Any]) -> bool:
+    """Waits where XLA may be reading NumPy arrays of the caller's; tells whether it did."""
+    if np.ndarray in map(type, leaves):
+        for output in outputs:
+            output.block_until_ready()
+        return True
+    return False
