@@ -72,7 +72,8 @@ def learned_buckets(observed: Observed, max_plans: int) -> tuple[int, ...]:
         came.append(total.argmin(axis=1))
         least = np.concatenate([[np.inf], total.min(axis=1) + price])
         last = int(np.argmin(np.where(sizes >= seen[-1], least[1:], np.inf)))
-        if least[last + 1] < best:
+        # Of the same cost, more buckets: those that are there stay in use, and are measured.
+        if least[last + 1] <= best * (1 + 1e-9):
             best, chosen = least[last + 1], (number, last)
     number, last = chosen
     found = []
@@ -80,15 +81,17 @@ def learned_buckets(observed: Observed, max_plans: int) -> tuple[int, ...]:
         found.append(int(sizes[last]))
         last = int(came[number][last]) - 1
         number -= 1
-    return tuple(reversed(found))
+    held = np.searchsorted(sorted(found), seen)
+    return tuple(bucket for place, bucket in enumerate(sorted(found)) if place in held)
 
 
 def call_seconds(measured: Mapping[int, float], sizes: np.ndarray) -> np.ndarray:
     """Returns what a call of each size costs, read off the sizes measured.
 
-    More rows never cost less: where noise says so, the larger figure holds for both. Between two
-    measured sizes the cost is on the line between them, outside on the line that fits all best, or
-    in proportion where only one was measured.
+    Fewer rows never cost more: where they seem to, the figure for more rows holds for both, since
+    what disturbs a measurement makes it longer. Between two measured sizes the cost is on the line
+    between them, outside on the line that fits all best, or in proportion where only one was
+    measured.
 
     Args:
         measured: Seconds by size; at least one.
@@ -102,7 +105,7 @@ def call_seconds(measured: Mapping[int, float], sizes: np.ndarray) -> np.ndarray
         array([1., 2., 4.])
     """
     at = np.array(sorted(measured), float)
-    seconds = np.maximum.accumulate([measured[int(size)] for size in at])
+    seconds = np.minimum.accumulate([measured[int(size)] for size in at[::-1]])[::-1]
     slope, base = seconds[0] / at[0], 0.0
     if len(at) > 1:
         # Weighed by the cost, so that the large sizes do not decide alone.

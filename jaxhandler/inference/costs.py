@@ -1,6 +1,8 @@
-"""What calls and compiles cost, as measured while they are made."""
+"""What calls cost, as measured while they are made."""
 
+import statistics
 import threading
+from collections import deque
 
 import numpy as np
 
@@ -8,11 +10,11 @@ from jaxhandler.inference.buckets import call_seconds
 
 __all__ = ["Costs"]
 
-_MEMORY = 32
+_MEMORY = 31
 
 
 class Costs:
-    """Seconds per call of each bucket and per compile, means in which old figures fade.
+    """Seconds per call of each bucket: medians of the newest figures.
 
     Example:
         >>> costs = Costs()
@@ -23,25 +25,30 @@ class Costs:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._seconds: dict[int, tuple[int, float]] = {}
+        self._seconds: dict[int, deque[float]] = {}
+        self._first: set[int] = set()
 
     def called(self, bucket: int, seconds: float) -> None:
-        """Notes that a call of a bucket's plan took `seconds`; its first one counts until the next.
+        """Notes that a call of a bucket's plan took `seconds`.
 
         Args:
             bucket: Rows of the plan.
             seconds: From the arguments to results in host memory.
         """
         with self._lock:
-            count, mean = self._seconds.get(bucket, (0, seconds))
-            # A plan's first call is slower than all that follow.
-            weight = 1.0 if count < 2 else 1 / min(count, _MEMORY)
-            self._seconds[bucket] = count + 1, mean + weight * (seconds - mean)
+            known = self._seconds.setdefault(bucket, deque(maxlen=_MEMORY))
+            if bucket in self._first:
+                # A plan's first call is slower than all that follow: it counts until the second.
+                self._first.remove(bucket)
+                known.clear()
+            elif not known:
+                self._first.add(bucket)
+            known.append(seconds)
 
     def measured(self) -> dict[int, float]:
         """Returns seconds per call by bucket."""
         with self._lock:
-            return {bucket: mean for bucket, (_, mean) in self._seconds.items()}
+            return {bucket: statistics.median(known) for bucket, known in self._seconds.items()}
 
     def predict(self, bucket: int) -> float:
         """Returns the seconds a call of `bucket` will take; 0 where nothing was measured."""

@@ -23,12 +23,13 @@ from jaxhandler.tally import Tally
 
 __all__ = ["Engine", "Hidden", "InfererStats"]
 
-_FIRST_LOOK = 16
+_FIRST_LOOK = 64
 _LOOKS_GROW = 1.3
 _MOST_AT_ONCE = 64
 _MOST_SHAPES = 4096
 _DTYPE = operator.attrgetter("dtype")
 _SHAPE = operator.attrgetter("shape")
+_FIRST_TIMED = 16
 _TIMED_EVERY = 8
 
 
@@ -160,7 +161,7 @@ class Engine:
             return self.run_parts(params, *self.inputs.check(inputs), device)
         rows, bucket = part
         self.plans.used(held)
-        timed, start = requests.add() % _TIMED_EVERY == 0, time.perf_counter()
+        number, start = requests.add(), time.perf_counter()
         if rows < bucket:
             outputs = plan(*params, *[pad(leaf, bucket, self.inputs.axis) for leaf in inputs])
             outputs = [trim(output, rows, self.outputs.axis) for output in outputs]
@@ -170,7 +171,7 @@ class Engine:
             outputs = plan(*params, *inputs)
             if not _wait_for(outputs, inputs):
                 return outputs
-        if timed:
+        if number < _FIRST_TIMED or number % _TIMED_EVERY == 0:
             self.costs.called(bucket, time.perf_counter() - start)
             self._look()
         return outputs

@@ -64,6 +64,12 @@ def test_where_calls_cost_the_same_one_bucket_serves_all():
     assert learned_buckets(observed, 8) == (16,)
 
 
+def test_plans_that_are_there_and_cost_the_same_stay_in_use():
+    observed = Observed({3: 500, 9: 500}, {4: 1e-4, 16: 1e-4}, 0.1, frozenset({4, 16}))
+    assert learned_buckets(observed, 8) == (4, 16)
+    assert learned_buckets(observed, 1) == (16,)
+
+
 def test_before_anything_was_measured_the_plans_there_are_the_buckets():
     assert learned_buckets(Observed({}, {4: 1.0}, 0.1, frozenset({8, 4})), 8) == (4, 8)
     assert learned_buckets(Observed({3: 1}, {}, 0.0, frozenset()), 8) == ()
