@@ -128,7 +128,7 @@ class Engine:
         self._known: dict[tuple[Any, ...], tuple[Held, Tally, Part]] = {}
         self._requests: dict[Part, Tally] = {}
         self._sizes: Counter[int] = Counter()
-        self._next_look = _FIRST_LOOK
+        self._timed, self._next_look = 0, _FIRST_LOOK
         self.sealed = False
         self._behind = Behind(self.plan)
 
@@ -317,16 +317,16 @@ class Engine:
             return compile_plan(fn, (*self._given, *self.inputs.types(bucket)))
 
     def _look(self) -> None:
-        """Lets a policy that learns choose its buckets anew, where enough has been seen since."""
+        """Lets a policy that learns choose its buckets anew, once enough calls were timed since."""
         learn = self.policy.learn
         if learn is None or self.sealed:
             return
-        stats = self.stats()
         with self._lock:
-            requests = sum(stats.sizes.values())
-            if requests < self._next_look:
+            self._timed += 1
+            if self._timed < self._next_look:
                 return
-            self._next_look = int(requests * _LOOKS_GROW) + 1
+            self._next_look = int(self._timed * _LOOKS_GROW) + 1
+        stats = self.stats()
         sizes = {size: count for size, count in stats.sizes.items() if size}
         one = stats.compile_seconds / max(stats.compiles, 1)
         compiled = frozenset(self.plans.keys())

@@ -332,7 +332,7 @@ def test_other_sizes_are_served_while_one_compiles():
 
 def test_an_adaptive_policy_comes_to_the_sizes_that_are_asked_for():
     infer = make(policy=jh.policies.adaptive(4))
-    for _ in range(40):
+    for _ in range(150):
         for size in (3, 5):
             assert_right(infer(rows(size)), size)
         # As if the model were slow, so that padding is worse than compiling.
