@@ -43,6 +43,8 @@ from jaxhandler.inference import policies as policies
 from jaxhandler.inference.engine import InfererStats as InfererStats
 from jaxhandler.inference.inferer import MemoizingInferer as MemoizingInferer
 from jaxhandler.inference.inferer import memoizing_inferer as memoizing_inferer
+from jaxhandler.inference.loading import load_inferer as load_inferer
+from jaxhandler.inference.store import enable_plan_store as enable_plan_store
 from jaxhandler.models.adapters import from_linen as from_linen
 from jaxhandler.models.adapters import from_nnx as from_nnx
 from jaxhandler.models.precision import cast as cast
@@ -92,6 +94,7 @@ __all__ = [
     "copy_rows",
     "data_size",
     "early_stopping",
+    "enable_plan_store",
     "ensemble",
     "fast_conv",
     "from_linen",
@@ -99,6 +102,7 @@ __all__ = [
     "halve",
     "handler",
     "init_members",
+    "load_inferer",
     "map_data",
     "memoizing_inferer",
     "num_members",

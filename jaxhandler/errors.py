@@ -161,12 +161,13 @@ def warn(text: str) -> None:
     warnings.warn(text, stacklevel=level)
 
 
-def extra(module: str, argument: str) -> Any:
-    """Returns a library of the extra `io`, imported now.
+def extra(module: str, argument: str, name: str = "io") -> Any:
+    """Returns a library of an extra, imported now.
 
     Args:
         module: Its dotted name.
         argument: What needs it: an argument's name, or a path.
+        name: The extra's.
 
     Returns:
         The module.
@@ -181,6 +182,6 @@ def extra(module: str, argument: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        fix = 'Install it with `pip install "jaxhandler[io]"`.'
+        fix = f'Install it with `pip install "jaxhandler[{name}]"`.'
         seen = f"no {module.partition('.')[0]} ({error})"
         raise ImportError(explain(argument, seen=seen, expected="it installed", fix=fix)) from error

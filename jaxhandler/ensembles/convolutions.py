@@ -41,7 +41,11 @@ def convolution_form(eqn: Any) -> Callable[[jax.Array, jax.Array], jax.Array] | 
     outputs, inputs, *window = (rhs.shape[axis] for axis in rhs_spec)
     out = [result.aval.shape[axis] for axis in out_spec[2:]]
     holes, dilation = params["rhs_dilation"], params["lhs_dilation"]
-    sizes = {"batch": lhs.shape[lhs_spec[0]], "inputs": inputs, "outputs": outputs // groups}
+    rows = lhs.shape[lhs_spec[0]]
+    if not isinstance(rows, int):
+        # Exported for any number of rows, a model has the form that pays for a usual one.
+        rows = 32
+    sizes = {"batch": rows, "inputs": inputs, "outputs": outputs // groups}
     spread = [(size - 1) * hole + 1 for size, hole in zip(window, holes, strict=True)]
     tiling = best_tiling(out, spread, strides, params["padding"], dilation, **sizes)
     if not pays(tiling, out, window, dilation, **sizes):

@@ -87,6 +87,8 @@ class Engine:
         plans: The plan cache; its keys are buckets.
         policy: How requests become calls now.
         frozen: The parameters' leaves, where they are constants of the plans; else None.
+        compile_fn: What makes plans in place of `compile_plan`, or None: `compile_fn(fn, args,
+            ask)` gives one; where that has a `replace()`, `ask()` has it called behind.
 
     Args:
         apply_fn: `apply_fn(params, inputs)`.
@@ -130,7 +132,8 @@ class Engine:
         self._sizes: Counter[int] = Counter()
         self._timed, self._next_look = 0, _FIRST_LOOK
         self.sealed = False
-        self._behind = Behind(self.plan)
+        self.compile_fn: Callable[..., Any] | None = None
+        self._behind = Behind(self._settle)
 
     def run(
         self,
@@ -313,8 +316,17 @@ class Engine:
             params = structure.unflatten(flat[:count] if frozen is None else frozen)
             return tuple(jax.tree.leaves(apply_fn(params, inputs.unflatten(flat[count:]))))
 
+        args = (*self._given, *self.inputs.types(bucket))
         with self._slots:
-            return compile_plan(fn, (*self._given, *self.inputs.types(bucket)))
+            if self.compile_fn is None:
+                return compile_plan(fn, args)
+            return self.compile_fn(fn, args, lambda: self._behind.ask(bucket))
+
+    def _settle(self, bucket: int) -> None:
+        """Has a bucket's plan compiled, and one that only stands in for it replaced."""
+        replace = getattr(self.plan(bucket), "replace", None)
+        if replace is not None:
+            replace()
 
     def _look(self) -> None:
         """Lets a policy that learns choose its buckets anew, once enough calls were timed since."""

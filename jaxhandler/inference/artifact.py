@@ -1,0 +1,298 @@
+"""Artifacts: a folder that holds a model as StableHLO, its parameters, and how it is served."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhandler.errors import explain, extra
+from jaxhandler.files import MANIFEST, partial_of, publish, read_manifest, recover, remove
+from jaxhandler.inference.engine import Engine
+from jaxhandler.inference.exporting import Model, as_numbers, exported_model
+from jaxhandler.inference.policies import Policy, from_spec
+from jaxhandler.inference.structures import from_json, plain, to_json
+from jaxhandler.inference.tensors import decode, encode
+from jaxhandler.inference.versions import versions
+
+__all__ = ["MODEL", "PARAMS", "Artifact", "describe", "load", "read_files", "save"]
+
+MODEL, PARAMS = "model.jax_export", "params.safetensors"
+_PLATFORMS = ("cpu", "cuda", "tpu")
+_KIND, _VERSION = "inferer", 1
+_TREES = ("params", "inputs", "outputs")
+
+
+class Artifact(NamedTuple):
+    """What an artifact holds, ready to be served.
+
+    Attributes:
+        apply_fn: `apply_fn(params, inputs)`, the model.
+        params: The parameters, on the device.
+        example: Types of inputs of one row.
+        row_axis: Where rows are, in inputs and in outputs.
+        policy: How requests become calls.
+        settings: What `describe` returns.
+        digest: SHA-256 of the model and its types; parameters' values have no part in it.
+        params_digest: SHA-256 of the file of parameters.
+    """
+
+    apply_fn: Callable[[Any, Any], Any]
+    params: Any
+    example: Any
+    row_axis: tuple[int, int]
+    policy: Policy
+    settings: dict[str, Any]
+    digest: str
+    params_digest: str
+
+
+class _Leaf(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def save(engine: Engine, params: Any, directory: str | os.PathLike[str]) -> None:
+    """Writes the artifact of a model and of how it is served; what `infer.save` does.
+
+    Args:
+        engine: The plans of the model.
+        params: Its parameters.
+        directory: The folder; an artifact that lies there is replaced.
+
+    Raises:
+        FileExistsError: If something else lies there.
+        ImportError: If flatbuffers is not installed.
+        OSError: If it cannot be written.
+        TypeError: If a dict has keys that are neither text nor whole numbers.
+        ValueError: If the model cannot be exported for any number of rows.
+    """
+    extra("flatbuffers", "infer.save", "serve")
+    path = Path(directory)
+    recover(path)
+    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not empty and _manifest(path) is None:
+        fix, seen = "Choose a folder that does not exist yet.", "something else that lies there"
+        text = explain(str(path), seen=seen, expected="an artifact, or nothing", fix=fix)
+        raise FileExistsError(text)
+    numbers = jax.tree.map(as_numbers, plain(params))
+    trees = (numbers, plain(engine.inputs.tree), plain(engine.outputs.tree))
+    settings: dict[str, Any] = {
+        name: _tree_json(tree, name) for name, tree in zip(_TREES, trees, strict=True)
+    }
+    exported = exported_model(engine, params)
+    settings |= {
+        "row_axis": [engine.inputs.axis, engine.outputs.axis],
+        "policy": engine.policy.spec,
+        "max_plans": engine.max_plans,
+        "background": engine.background,
+        "freeze": engine.frozen is not None,
+        "sizes": {str(size): count for size, count in engine.stats().sizes.items()},
+        "platforms": list(exported.platforms),
+        "versions": versions(),
+    }
+    names = [leaf["name"] for leaf in settings["params"]["leaves"]]
+    arrays = dict(zip(names, map(np.asarray, jax.tree.leaves(numbers)), strict=True))
+    partial = partial_of(path)
+    remove(partial)
+    partial.mkdir(parents=True)
+    files = {
+        MODEL: _write(partial / MODEL, [exported.serialize()]),
+        PARAMS: _write(partial / PARAMS, encode(arrays)),
+    }
+    content = {"settings": settings, "files": files}
+    publish(path, {"kind": _KIND, "layout": _VERSION, "sha256": _digest(content), **content})
+
+
+def describe(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns what an artifact's manifest says of the inferer; its files are not read.
+
+    Args:
+        directory: The artifact.
+
+    Returns:
+        A dictionary of JSON: `params`, `inputs`, `outputs` (each a `tree` and its `leaves`),
+        `row_axis`, `policy`, `max_plans`, `background`, `freeze`, `sizes`, `platforms`, `versions`
+        and `files`.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it is no artifact of ours, a newer one, or its manifest is damaged.
+    """
+    path = Path(directory)
+    recover(path)
+    if not path.exists():
+        fix = "Write it with infer.save."
+        text = explain(str(path), seen="nothing there", expected="an artifact", fix=fix)
+        raise FileNotFoundError(text)
+    manifest, name = _manifest(path), path / MANIFEST
+    if manifest is None:
+        expected = f"an artifact, a folder with a {MANIFEST} of infer.save"
+        raise ValueError(explain(str(path), seen="something else", expected=expected))
+    if manifest.get("layout") != _VERSION:
+        fix = "Load it with the version of jaxhandler that wrote it."
+        seen, expected = f"layout {manifest.get('layout')!r}", f"layout {_VERSION}"
+        raise ValueError(explain(str(name), seen=seen, expected=expected, fix=fix))
+    content = {key: manifest.get(key) for key in ("settings", "files")}
+    if manifest.get("sha256") != _digest(content):
+        raise _damaged(name, "another SHA-256 than it says")
+    settings, files = content["settings"], content["files"]
+    if not isinstance(settings, dict) or not isinstance(files, dict) or {*files} != {MODEL, PARAMS}:
+        raise _damaged(name, "other files than an artifact has")
+    return {**settings, "files": files}
+
+
+def read_files(directory: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, bytes]:
+    """Returns the content of an artifact's files, the very bytes that were compared.
+
+    Args:
+        directory: The artifact.
+        settings: What `describe` returned.
+
+    Returns:
+        Bytes by the file's name.
+
+    Raises:
+        FileNotFoundError: If one is not there.
+        ValueError: If one has another SHA-256 than the manifest says.
+    """
+    path = Path(directory)
+    return {name: _verified(path / name, entry) for name, entry in settings["files"].items()}
+
+
+def load(directory: str | os.PathLike[str]) -> Artifact:
+    """Reads an artifact; every file is checked before the first is made sense of.
+
+    Args:
+        directory: The artifact.
+
+    Returns:
+        An `Artifact`.
+
+    Raises:
+        FileNotFoundError: If the folder or one of its files is not there.
+        ImportError: If flatbuffers is not installed.
+        TypeError: If it has leaves of 64 bits and `jax_enable_x64` is not set.
+        ValueError: If it is no artifact of ours, is damaged, or does not run on this platform.
+    """
+    settings, path = describe(directory), Path(directory)
+    blobs = read_files(directory, settings)
+    try:
+        leaves = [[_leaf(each) for each in settings[name]["leaves"]] for name in _TREES]
+        structures = [from_json(settings[name]["tree"]) for name in _TREES]
+        before, after = map(int, settings["row_axis"])
+        policy, platforms = from_spec(settings["policy"]), tuple(settings["platforms"])
+        if [len(each) for each in leaves] != [each.num_leaves for each in structures]:
+            raise ValueError("leaves that are not those of the trees")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _damaged(path / MANIFEST, f"settings that make no sense ({error!r})") from error
+    _check_widths(path, [leaf for each in leaves for leaf in each])
+    platform = jax.export.default_export_platform()
+    if platform not in platforms:
+        expected = f"one that the model was exported for, {' or '.join(platforms)}"
+        raise ValueError(explain(str(path), seen=f"the platform {platform}", expected=expected))
+    extra("flatbuffers", "jh.load_inferer", "serve")
+    arrays = decode(blobs[PARAMS], leaves[0], str(path / PARAMS))
+    try:
+        exported = jax.export.deserialize(bytearray(blobs[MODEL]))
+    except Exception as error:
+        fix = "Save it again with these versions, or load it with those that saved it."
+        seen = f"what jax {jax.__version__} cannot read ({error})"
+        expected = f"what jax {settings['versions'].get('jax')} wrote"
+        raise ValueError(
+            explain(str(path / MODEL), seen=seen, expected=expected, fix=fix)
+        ) from error
+    example = [
+        jax.ShapeDtypeStruct((*shape[:before], 1, *shape[before:]), _dtype(dtype))
+        for _, shape, dtype in leaves[1]
+    ]
+    model = settings["files"][MODEL]["sha256"]
+    return Artifact(
+        apply_fn=Model(exported, *structures),
+        params=structures[0].unflatten([jax.device_put(array) for array in arrays]),
+        example=structures[1].unflatten(example),
+        row_axis=(before, after),
+        policy=policy,
+        settings=settings,
+        digest=_digest([model, *(settings[name] for name in _TREES)]),
+        params_digest=settings["files"][PARAMS]["sha256"],
+    )
+
+
+def _tree_json(tree: Any, name: str) -> dict[str, Any]:
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") or name for path, _ in flat]
+    if len(set(names)) < len(names):
+        names = [f"{number}/{path}" for number, path in enumerate(names)]
+    leaves = [
+        {"name": path, "shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
+        for path, (_, leaf) in zip(names, flat, strict=True)
+    ]
+    return {"tree": to_json(tree, name), "leaves": leaves}
+
+
+def _leaf(entry: Mapping[str, Any]) -> _Leaf:
+    shape = tuple(map(int, entry["shape"]))
+    if min((0, *shape)) < 0 or math.prod(shape) >= 2**62:
+        raise ValueError(f"a leaf of shape {list(shape)}")
+    _dtype(entry["dtype"])
+    return _Leaf(str(entry["name"]), shape, str(entry["dtype"]))
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(jnp, name, name))
+
+
+def _check_widths(path: Path, leaves: Iterable[_Leaf]) -> None:
+    for name, _, dtype in leaves:
+        if jax.dtypes.canonicalize_dtype(_dtype(dtype)) != _dtype(dtype):
+            fix = 'Call jax.config.update("jax_enable_x64", True) first.'
+            seen, expected = f"{name or 'a leaf'} of dtype {dtype}", "dtypes that JAX has now"
+            raise TypeError(explain(str(path), seen=seen, expected=expected, fix=fix))
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of an artifact, or None where there is none of that kind."""
+    manifest = read_manifest(path / MANIFEST)
+    return manifest if manifest is not None and manifest.get("kind") == _KIND else None
+
+
+def _write(path: Path, pieces: Iterable[Any]) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _verified(path: Path, entry: Mapping[str, Any]) -> bytes:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        fix = "Copy the whole folder, or save the inferer again."
+        text = explain(str(path), seen="no such file", expected="a file of the artifact", fix=fix)
+        raise FileNotFoundError(text) from error
+    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+        raise _damaged(path, f"{len(data)} bytes of another SHA-256 than the manifest says")
+    return data
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(path: Path, seen: str) -> ValueError:
+    fix = "It was damaged or changed; save the inferer again."
+    return ValueError(explain(str(path), seen=seen, expected="what infer.save wrote", fix=fix))
