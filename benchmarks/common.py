@@ -35,7 +35,8 @@ __all__ = [
 RESULTS = Path(__file__).resolve().parent / "results"
 _PACKAGES = (
     "jaxhandler", "jax", "jaxlib", "flax", "optax", "numpy", "keras",
-    "h5py", "pyarrow", "safetensors", "tensorstore", "torch", "torchmb", "zarr",
+    "h5py", "onnx", "onnxruntime", "pyarrow", "safetensors", "tensorstore", "torch", "torchmb",
+    "tract", "zarr",
 )  # fmt: skip
 
 Times = dict[str, list[float]]

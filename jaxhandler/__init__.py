@@ -41,6 +41,7 @@ from jaxhandler.handlers.validator import Validator as Validator
 from jaxhandler.handlers.validator import validator as validator
 from jaxhandler.inference import policies as policies
 from jaxhandler.inference.engine import InfererStats as InfererStats
+from jaxhandler.inference.independence import check_row_independence as check_row_independence
 from jaxhandler.inference.inferer import MemoizingInferer as MemoizingInferer
 from jaxhandler.inference.inferer import memoizing_inferer as memoizing_inferer
 from jaxhandler.inference.loading import load_inferer as load_inferer
@@ -91,6 +92,7 @@ __all__ = [
     "callbacks",
     "cast",
     "check_isolation",
+    "check_row_independence",
     "copy_rows",
     "data_size",
     "early_stopping",

@@ -1,4 +1,4 @@
-"""What calls cost, as measured while they are made."""
+"""What calls and compiles cost, as measured while they are made."""
 
 import statistics
 import threading
@@ -14,7 +14,7 @@ _MEMORY = 31
 
 
 class Costs:
-    """Seconds per call of each bucket: medians of the newest figures.
+    """Seconds per call of each bucket and per compile: medians of the newest figures.
 
     Example:
         >>> costs = Costs()
@@ -27,6 +27,7 @@ class Costs:
         self._lock = threading.Lock()
         self._seconds: dict[int, deque[float]] = {}
         self._first: set[int] = set()
+        self._compiles: deque[float] = deque(maxlen=_MEMORY)
 
     def called(self, bucket: int, seconds: float) -> None:
         """Notes that a call of a bucket's plan took `seconds`.
@@ -44,6 +45,19 @@ class Costs:
             elif not known:
                 self._first.add(bucket)
             known.append(seconds)
+
+    def compiled(self, seconds: float) -> None:
+        """Notes that compiling a plan took `seconds`."""
+        with self._lock:
+            self._compiles.append(seconds)
+
+    def compile_seconds(self) -> float:
+        """Returns the seconds a compile takes; 0 where none was measured.
+
+        A process's first compile takes many times as long as all others: hence the median.
+        """
+        with self._lock:
+            return statistics.median(self._compiles or [0.0])
 
     def measured(self) -> dict[int, float]:
         """Returns seconds per call by bucket."""

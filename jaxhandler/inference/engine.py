@@ -281,8 +281,7 @@ class Engine:
 
     def predict(self, num_rows: int) -> float:
         """Returns the seconds a request of `num_rows` will take, compiles it needs included."""
-        stats = self.plans.stats()
-        one = stats.compile_seconds / max(stats.compiles, 1)
+        one = self.costs.compile_seconds()
         parts = self.policy.parts(num_rows)
         missing = {part.bucket for part in parts if part.bucket not in self.plans}
         return len(missing) * one + sum(self.costs.predict(part.bucket) for part in parts)
@@ -318,9 +317,13 @@ class Engine:
 
         args = (*self._given, *self.inputs.types(bucket))
         with self._slots:
+            start = time.perf_counter()
             if self.compile_fn is None:
-                return compile_plan(fn, args)
-            return self.compile_fn(fn, args, lambda: self._behind.ask(bucket))
+                plan = compile_plan(fn, args)
+            else:
+                plan = self.compile_fn(fn, args, lambda: self._behind.ask(bucket))
+            self.costs.compiled(time.perf_counter() - start)
+        return plan
 
     def _settle(self, bucket: int) -> None:
         """Has a bucket's plan compiled, and one that only stands in for it replaced."""
@@ -340,7 +343,7 @@ class Engine:
             self._next_look = int(self._timed * _LOOKS_GROW) + 1
         stats = self.stats()
         sizes = {size: count for size, count in stats.sizes.items() if size}
-        one = stats.compile_seconds / max(stats.compiles, 1)
+        one = self.costs.compile_seconds()
         compiled = frozenset(self.plans.keys())
         self.policy = learn(Observed(sizes, self.costs.measured(), one, compiled))
         self._known = {}

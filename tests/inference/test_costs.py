@@ -26,6 +26,14 @@ def test_old_figures_are_forgotten():
     assert costs_of(b4=[1.0] * 100 + [2.0] * 40).measured() == {4: 2.0}
 
 
+def test_one_slow_compile_changes_little():
+    costs = Costs()
+    assert costs.compile_seconds() == 0
+    for seconds in (9.0, 1.0, 1.2):
+        costs.compiled(seconds)
+    assert costs.compile_seconds() == 1.2
+
+
 def test_what_was_not_measured_is_predicted_from_what_was():
     assert costs_of().predict(4) == 0
     assert costs_of(b4=[1.0]).predict(8) == 2
