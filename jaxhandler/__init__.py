@@ -39,12 +39,23 @@ from jaxhandler.handlers.training import TrainInfo as TrainInfo
 from jaxhandler.handlers.training import TrainState as TrainState
 from jaxhandler.handlers.validator import Validator as Validator
 from jaxhandler.handlers.validator import validator as validator
+from jaxhandler.inference import noise as noise
 from jaxhandler.inference import policies as policies
-from jaxhandler.inference.engine import InfererStats as InfererStats
+from jaxhandler.inference.batched import Batched as Batched
+from jaxhandler.inference.batched import batched as batched
+from jaxhandler.inference.batcher import MicroBatcher as MicroBatcher
+from jaxhandler.inference.batcher import micro_batcher as micro_batcher
 from jaxhandler.inference.independence import check_row_independence as check_row_independence
 from jaxhandler.inference.inferer import MemoizingInferer as MemoizingInferer
-from jaxhandler.inference.inferer import memoizing_inferer as memoizing_inferer
 from jaxhandler.inference.loading import load_inferer as load_inferer
+from jaxhandler.inference.memoizing import memoizing_inferer as memoizing_inferer
+from jaxhandler.inference.noise import with_epsilon as with_epsilon
+from jaxhandler.inference.recurrent import recurrent as recurrent
+from jaxhandler.inference.requests import BatcherStats as BatcherStats
+from jaxhandler.inference.runtime import RunError as RunError
+from jaxhandler.inference.runtime import Runtime as Runtime
+from jaxhandler.inference.runtime import runtime as runtime
+from jaxhandler.inference.stats import InfererStats as InfererStats
 from jaxhandler.inference.store import enable_plan_store as enable_plan_store
 from jaxhandler.models.adapters import from_linen as from_linen
 from jaxhandler.models.adapters import from_nnx as from_nnx
@@ -61,7 +72,9 @@ from jaxhandler.typing import RunReport as RunReport
 
 __all__ = [
     "Batch",
+    "Batched",
     "BatchedModels",
+    "BatcherStats",
     "Calculator",
     "EarlyStopping",
     "Handler",
@@ -70,12 +83,15 @@ __all__ = [
     "Mean",
     "MemoizingInferer",
     "MemoryPlan",
+    "MicroBatcher",
     "NonFiniteError",
     "PlanCache",
     "PlanStats",
     "Progress",
     "RowDependenceError",
+    "RunError",
     "RunReport",
+    "Runtime",
     "SealedError",
     "Source",
     "StoppingState",
@@ -87,6 +103,7 @@ __all__ = [
     "batch_loss",
     "batch_models",
     "batch_topk",
+    "batched",
     "batching_rule",
     "calculator",
     "callbacks",
@@ -107,15 +124,20 @@ __all__ = [
     "load_inferer",
     "map_data",
     "memoizing_inferer",
+    "micro_batcher",
+    "noise",
     "num_members",
     "open_source",
     "plan_memory",
     "policies",
+    "recurrent",
     "replicate",
+    "runtime",
     "slice_data",
     "stack",
     "take_members",
     "trainer",
     "unstack",
     "validator",
+    "with_epsilon",
 ]

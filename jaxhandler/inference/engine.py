@@ -4,10 +4,11 @@ import operator
 import os
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -18,10 +19,11 @@ from jaxhandler.inference.buckets import Observed
 from jaxhandler.inference.costs import Costs
 from jaxhandler.inference.policies import Part, Policy
 from jaxhandler.inference.rows import Rows, pad, traced_outputs, trim
+from jaxhandler.inference.stats import InfererStats
 from jaxhandler.plans import GONE, Held, PlanCache, compile_plan
 from jaxhandler.tally import Tally
 
-__all__ = ["Engine", "Hidden", "InfererStats"]
+__all__ = ["Engine", "Hidden"]
 
 _FIRST_LOOK = 64
 _LOOKS_GROW = 1.3
@@ -33,39 +35,6 @@ _FIRST_TIMED = 16
 _TIMED_EVERY = 8
 
 
-class InfererStats(NamedTuple):
-    """What an inferer has done since it was made.
-
-    Attributes:
-        hits: Calls of plans that were there.
-        misses: Calls whose plan had to be compiled, or waited for.
-        compiles: Plans compiled.
-        compile_seconds: Seconds spent compiling, traces included.
-        rows: Rows asked for.
-        padded_rows: Rows added to fill buckets.
-        evictions: Plans dropped to stay within `max_plans`.
-        sizes: How many requests had how many rows.
-
-    Example:
-        >>> InfererStats(rows=3, padded_rows=1).padding
-        0.25
-    """
-
-    hits: int = 0
-    misses: int = 0
-    compiles: int = 0
-    compile_seconds: float = 0.0
-    rows: int = 0
-    padded_rows: int = 0
-    evictions: int = 0
-    sizes: dict[int, int] = {}  # noqa: RUF012
-
-    @property
-    def padding(self) -> float:
-        """Added rows as a fraction of all rows computed."""
-        return self.padded_rows / max(self.rows + self.padded_rows, 1)
-
-
 class Hidden(Protocol):
     """What wrappers do around a plan: fill inputs that the caller does not give, keep outputs."""
 
@@ -73,8 +42,8 @@ class Hidden(Protocol):
         """Puts arrays `[bucket, ...]` into the leaves of rows `start` to `stop` that are None."""
         ...
 
-    def keep(self, outputs: Sequence[Any], start: int, stop: int, bucket: int) -> None:
-        """Looks at the outputs `[bucket, ...]` of rows `start` to `stop`."""
+    def keep(self, outputs: Sequence[Any], start: int, stop: int, bucket: int) -> Sequence[Any]:
+        """Keeps what it wants of the outputs `[bucket, ...]` of these rows, returns the others."""
         ...
 
 
@@ -127,6 +96,7 @@ class Engine:
         self._padded = 0
         # By classes and shapes of inputs: the one plan that serves them, as the policy would say.
         # Requests are counted by rows, apart for those that found theirs here and the others.
+        self._bounded = bool(bounds)
         self._known: dict[tuple[Any, ...], tuple[Held, Tally, Part]] = {}
         self._requests: dict[Part, Tally] = {}
         self._sizes: Counter[int] = Counter()
@@ -134,6 +104,7 @@ class Engine:
         self.sealed = False
         self.compile_fn: Callable[..., Any] | None = None
         self._behind = Behind(self._settle)
+        self._companions: list[weakref.WeakMethod[Callable[[int], Any]]] = []
 
     def run(
         self,
@@ -155,16 +126,25 @@ class Engine:
         Raises:
             SealedError: If a plan is missing and none may be compiled.
         """
+        leaf = inputs[0]
         try:
-            held, requests, part = self._known[*map(type, inputs), *map(_SHAPE, inputs)]
+            if len(inputs) == 1 and type(leaf) is np.ndarray:
+                # The plainest inputs, looked up the shortest way.
+                found, fits = self._known[leaf.shape], leaf.dtype == self.inputs.dtypes[0]
+            else:
+                found = self._known[*map(type, inputs), *map(_SHAPE, inputs)]
+                fits = [*map(_DTYPE, inputs)] == self.inputs.dtypes
         except (AttributeError, KeyError):
             return self.run_parts(params, *self.inputs.check(inputs), device)
+        held, requests, (rows, bucket) = found
         plan = held.plan
-        if plan is GONE or [*map(_DTYPE, inputs)] != self.inputs.dtypes:
+        if plan is GONE or not fits:
             return self.run_parts(params, *self.inputs.check(inputs), device)
-        rows, bucket = part
-        self.plans.used(held)
-        number, start = requests.add(), time.perf_counter()
+        if self._bounded:
+            self.plans.used(held)
+        number = requests.add()
+        timed = number % _TIMED_EVERY == 0 or number < _FIRST_TIMED
+        start = time.perf_counter() if timed else 0.0
         if rows < bucket:
             outputs = plan(*params, *[pad(leaf, bucket, self.inputs.axis) for leaf in inputs])
             outputs = [trim(output, rows, self.outputs.axis) for output in outputs]
@@ -174,7 +154,7 @@ class Engine:
             outputs = plan(*params, *inputs)
             if not _wait_for(outputs, inputs):
                 return outputs
-        if number < _FIRST_TIMED or number % _TIMED_EVERY == 0:
+        if timed:
             self.costs.called(bucket, time.perf_counter() - start)
             self._look()
         return outputs
@@ -214,7 +194,7 @@ class Engine:
                 hidden.fill(args, start, stop, bucket)
             outputs = plan(*params, *args)
             if hidden is not None:
-                hidden.keep(outputs, start, stop, bucket)
+                outputs = hidden.keep(outputs, start, stop, bucket)
             found.append(outputs)
             start = stop
         if device and len(parts) == 1 and parts[0].rows == parts[0].bucket:
@@ -249,7 +229,9 @@ class Engine:
         held = self.plans.held(part.bucket)
         requests = self._requests.setdefault(part, Tally())
         if held is not None and len(self._known) < _MOST_SHAPES:
-            self._known[*map(type, leaves), *map(_SHAPE, leaves)] = held, requests, part
+            single = len(leaves) == 1 and type(leaves[0]) is np.ndarray
+            key = leaves[0].shape if single else (*map(type, leaves), *map(_SHAPE, leaves))
+            self._known[key] = held, requests, part
 
     def plan(self, bucket: int) -> Any:
         """Returns the plan of a bucket, compiling it where nobody has.
@@ -279,6 +261,17 @@ class Engine:
         """Waits until no plan is being compiled in the background."""
         self._behind.wait()
 
+    def accompany(self, compile_too: Callable[[int], Any]) -> None:
+        """Has `compile_too(bucket)` called before the plan of a bucket is there, in its thread.
+
+        Of plans compiled in the background; a method, for as long as its object lives.
+        """
+        companion = weakref.WeakMethod(compile_too)
+        with self._lock:
+            if companion not in self._companions:
+                alive = [each for each in self._companions if each() is not None]
+                self._companions = [*alive, companion]
+
     def predict(self, num_rows: int) -> float:
         """Returns the seconds a request of `num_rows` will take, compiles it needs included."""
         one = self.costs.compile_seconds()
@@ -307,6 +300,15 @@ class Engine:
             sizes={size: count for size, count in sorted(sizes.items()) if count},
         )
 
+    def __str__(self) -> str:
+        held, stats = sorted(self.plans.keys()), self.stats()
+        plans = f"{len(held)} plan{'s' * (len(held) != 1)} ({', '.join(map(str, held))})"
+        return (
+            f"{self.policy.spec['name']}: {plans}, {stats.hits:,} hits, {stats.misses:,} misses, "
+            f"{stats.compile_seconds:.2f} s compiling, {stats.padding:.0%} padding"
+            f"{', sealed' if self.sealed else ''}"
+        )
+
     def _compile(self, bucket: int) -> Any:
         structure, count, frozen = self._structure, len(self._given), self.frozen
         apply_fn, inputs = self.apply_fn, self.inputs.structure
@@ -327,6 +329,9 @@ class Engine:
 
     def _settle(self, bucket: int) -> None:
         """Has a bucket's plan compiled, and one that only stands in for it replaced."""
+        for companion in self._companions:
+            if compile_too := companion():
+                compile_too(bucket)
         replace = getattr(self.plan(bucket), "replace", None)
         if replace is not None:
             replace()

@@ -1,32 +1,36 @@
 """The memoising inferer: a model for any number of rows, one compiled plan per bucket."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from jaxhandler.data.dtypes import check_dtype
 from jaxhandler.errors import a_type, check_count, explain
-from jaxhandler.inference import artifact, policies
-from jaxhandler.inference.engine import Engine, InfererStats
+from jaxhandler.inference import artifact
+from jaxhandler.inference.agents import Agents, as_agents
+from jaxhandler.inference.engine import Engine
+from jaxhandler.inference.layers import Layer, Layers, check_same_form
+from jaxhandler.inference.named import check_row, join_rows, refuse_hidden, split_rows
+from jaxhandler.inference.parameters import check_like, on_device
 from jaxhandler.inference.policies import Policy
-from jaxhandler.inference.rows import Rows
-from jaxhandler.trees import leaves_with_paths
+from jaxhandler.inference.stats import InfererStats
 
-__all__ = ["MemoizingInferer", "memoizing_inferer"]
+__all__ = ["MemoizingInferer"]
 
 
 class MemoizingInferer:
     """A model to be called with any number of rows; made by `jh.memoizing_inferer`.
 
-    Safe to use from several threads. It remembers plans and what they cost, nothing of the rows.
+    Safe to use from several threads. It remembers plans and what they cost; of the rows nothing,
+    but for what `jh.recurrent` and `jh.with_epsilon` keep of agents.
 
     Attributes:
         params: The parameters, on the device.
-        engine: The plans, shared with all that `with_params` made.
+        engine: The plans, shared with all that `with_params` and wrappers made.
+        agents: What wrappers do and know of agents; None without wrappers.
+        inputs: The form of what a caller gives.
+        outputs: The form of what a caller gets.
 
     Example:
         >>> import numpy as np, jaxhandler as jh
@@ -38,15 +42,25 @@ class MemoizingInferer:
         MemoizingInferer(float32[rows, 3] -> float32[rows, 3], exact: 1 plan (2), ...)
     """
 
-    def __init__(self, engine: Engine, params: Any) -> None:
-        self.engine, self.params = engine, params
+    def __init__(self, engine: Engine, params: Any, agents: Agents | None = None) -> None:
+        self.engine, self.params, self.agents = engine, params, agents
+        self.inputs, self.outputs = engine.inputs, engine.outputs
+        self._hidden: Collection[str] = ()
+        if agents is not None:
+            self.inputs, self.outputs = agents.layers.inputs, agents.layers.outputs
+            self._hidden = agents.layers.hidden
+            engine.accompany(agents.plans)
         self._leaves = () if engine.frozen is not None else tuple(jax.tree.leaves(params))
 
-    def __call__(self, inputs: Any, *, device: bool = False) -> Any:
+    def __call__(
+        self, inputs: Any, *, agents: Sequence[Hashable] | None = None, device: bool = False
+    ) -> Any:
         """Computes the outputs of some rows.
 
         Args:
             inputs: NumPy or JAX arrays `[N, ...]`, a tree like the example, any `N`.
+            agents: Whose the rows are, `N` different ones, where wrappers tell agents apart; None
+                for the agents 0 to `N - 1`.
             device: Whether to keep JAX arrays where nothing has to be trimmed or joined.
 
         Returns:
@@ -54,13 +68,120 @@ class MemoizingInferer:
 
         Raises:
             TypeError: If a leaf is no array, is traced, or has another dtype.
-            ValueError: If the tree, a rank or a width is another one, or leaves disagree about `N`.
+            ValueError: If the tree, a rank or a width is another one, leaves disagree about `N`, or
+                an agent comes twice.
             OverflowError: If a 64-bit integer does not fit.
             SealedError: If a plan would have to be compiled after `seal`.
         """
-        engine = self.engine
-        found = engine.run(self._leaves, engine.inputs.leaves(inputs), device=device)
-        return engine.outputs.unflatten(found)
+        if self.agents is None and agents is None:
+            found = self.engine.run(self._leaves, self.inputs.leaves(inputs), device=device)
+            return self.outputs.unflatten(found)
+        if self._hidden:
+            refuse_hidden(inputs, self._hidden)
+        num_rows, leaves = self.inputs.check(self.inputs.leaves(inputs))
+        whose = range(num_rows) if agents is None else as_agents(agents, num_rows)
+        if self.agents is None:
+            found = self.engine.run(self._leaves, leaves, device=device)
+        else:
+            found = self.agents.run(self.engine, self._leaves, num_rows, leaves, whose, device)
+        return self.outputs.unflatten(found)
+
+    def single(self, inputs: Any) -> Any:
+        """Computes the outputs of one row, of agent 0 where agents have states.
+
+        Args:
+            inputs: A tree like the example, without a row axis; lists of numbers will do.
+
+        Returns:
+            A tree of NumPy arrays without a row axis.
+
+        Raises:
+            TypeError: If a leaf is no array or has another dtype.
+            ValueError: If an input is missing or unknown, or a shape is another one.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> example = {"x": np.zeros((1, 3), np.float32)}
+            >>> infer = jh.memoizing_inferer(lambda w, x: {"y": w * x["x"]}, 2.0, example)
+            >>> infer.single({"x": [1, 2, 3]})
+            {'y': array([2., 4., 6.], dtype=float32)}
+        """
+        return self.batch({0: inputs})[0]
+
+    def batch(self, requests: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Computes one row of each of some agents, all in one request.
+
+        Args:
+            requests: Each agent's inputs, a tree without a row axis; lists of numbers will do.
+
+        Returns:
+            Each agent's outputs, a tree of NumPy arrays of its own, in the order of `requests`.
+
+        Raises:
+            TypeError: If `requests` is no mapping, a leaf no array, or of another dtype.
+            ValueError: If an input is missing or unknown, or a shape is another one; names the
+                agent and the input. No agent's state has changed then.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> example = {"x": np.zeros((1, 2), np.float32)}
+            >>> infer = jh.memoizing_inferer(lambda w, x: {"y": w * x["x"]}, 2.0, example)
+            >>> infer.batch({"left": {"x": [1, 2]}, "right": {"x": [3, 4]}})["right"]
+            {'y': array([6., 8.], dtype=float32)}
+        """
+        if not isinstance(requests, Mapping):
+            expected = "each agent's inputs, {agent: inputs}"
+            raise TypeError(explain("requests", seen=a_type(requests), expected=expected))
+        rows = {agent: self._row(agent, inputs) for agent, inputs in requests.items()}
+        if not rows:
+            return {}
+        outputs = self(join_rows(self.inputs, list(rows.values())), agents=list(rows))
+        return dict(zip(rows, split_rows(self.outputs, outputs), strict=True))
+
+    def check_row(self, agent: Hashable, inputs: Any) -> list[Any]:
+        """Returns the leaves of one agent's inputs, refusing what does not fit.
+
+        Args:
+            agent: Whose they are.
+            inputs: A tree without a row axis.
+
+        Returns:
+            NumPy arrays; those given that fit as they are.
+
+        Raises:
+            TypeError: If a leaf is no array or has another dtype, or `agent` cannot be told apart.
+            ValueError: If an input is missing or unknown, or a shape is another one.
+        """
+        if self.agents is not None:
+            self.agents.check((agent,))
+        return self._row(agent, inputs)
+
+    def _row(self, agent: Hashable, inputs: Any) -> list[Any]:
+        return check_row(self.inputs, inputs, f"inputs of agent {agent!r}", self._hidden)
+
+    def begin_agent(self, agent: Hashable) -> None:
+        """Gives an agent a state of zeros, and noise from its start, whatever it had before.
+
+        Nothing happens where no wrapper keeps anything of agents.
+
+        Args:
+            agent: A number, a name, or anything else hashable.
+
+        Raises:
+            TypeError: If it is not hashable.
+            SealedError: If there is no memory for one more after `seal`.
+        """
+        if self.agents is not None:
+            self.agents.begin(agent, self.engine.sealed)
+
+    def end_agent(self, agent: Hashable) -> None:
+        """Forgets an agent; nothing happens where it is unknown.
+
+        Args:
+            agent: As given to `begin_agent`.
+        """
+        if self.agents is not None:
+            self.agents.end(agent)
 
     def preload(self, sizes: Iterable[int]) -> None:
         """Compiles what requests of these numbers of rows will need; returns when it is done.
@@ -79,7 +200,11 @@ class MemoizingInferer:
             >>> infer.stats().compiles
             2
         """
-        self.engine.preload([check_count("sizes", size) for size in sizes])
+        counts = [check_count("sizes", size) for size in sizes]
+        if self.agents is None:
+            self.engine.preload(counts)
+        else:
+            self.agents.preload(self.engine, counts)
 
     def select_batch_size(self, num_rows: int) -> int:
         """Returns how many of `num_rows` waiting rows to send in one call, so that one plan runs.
@@ -115,13 +240,6 @@ class MemoizingInferer:
         Raises:
             TypeError: If `num_rows` is not a whole number.
             ValueError: If it is below one.
-
-        Example:
-            >>> import numpy as np, jaxhandler as jh
-            >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros((1, 3), np.float32))
-            >>> infer.preload((4,))
-            >>> infer.predict_seconds(4) < infer.predict_seconds(5)
-            True
         """
         return self.engine.predict(check_count("num_rows", num_rows))
 
@@ -130,6 +248,11 @@ class MemoizingInferer:
 
         For services that must not stall. It holds for all inferers that share the plans.
         """
+        self.engine.wait()
+        if self.agents is not None and not self.engine.sealed:
+            held = self.engine.plans.keys()
+            for bucket in held:
+                self.agents.plans(bucket)
         self.engine.seal()
 
     def wait(self) -> None:
@@ -137,7 +260,7 @@ class MemoizingInferer:
         self.engine.wait()
 
     def with_params(self, params: Any) -> "MemoizingInferer":
-        """Makes an inferer of other parameters that shares the plans; compiles nothing.
+        """Makes an inferer of other parameters that shares plans and agents; compiles nothing.
 
         Args:
             params: A tree of the same structure, shapes and dtypes.
@@ -159,18 +282,65 @@ class MemoizingInferer:
             fix = "Make the inferer with freeze=False, or a new one of the new parameters."
             text = explain("params", seen="freeze=True", expected="parameters apart", fix=fix)
             raise ValueError(text)
-        new = _on_device(params)
-        _check_like(new, self.params)
-        return MemoizingInferer(self.engine, new)
+        new = on_device(params)
+        check_like(new, self.params)
+        return MemoizingInferer(self.engine, new, self.agents)
+
+    def replace_model(self, new: "MemoizingInferer") -> "MemoizingInferer":
+        """Makes an inferer of another model under this one's wrappers; agents keep their states.
+
+        Args:
+            new: An inferer whose model takes and gives the same names, shapes and dtypes. What
+                wraps it is left behind.
+
+        Returns:
+            A `MemoizingInferer` that shares the agents with this one.
+
+        Raises:
+            TypeError: If `new` is no inferer.
+            ValueError: If the model takes or gives anything else; names the difference.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> example = np.zeros((1, 1), np.float32)
+            >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, example)
+            >>> infer = infer.replace_model(jh.memoizing_inferer(lambda w, x: x - w, 2.0, example))
+            >>> infer(np.ones((1, 1), np.float32))
+            array([[-1.]], dtype=float32)
+        """
+        if not isinstance(new, MemoizingInferer):
+            raise TypeError(explain("new", seen=a_type(new), expected="an inferer"))
+        check_same_form("new.raw_input_specs", new.engine.inputs, self.engine.inputs)
+        check_same_form("new.raw_output_specs", new.engine.outputs, self.engine.outputs)
+        return MemoizingInferer(new.engine, new.params, self.agents)
+
+    def with_layer(self, layer: Layer) -> "MemoizingInferer":
+        """Makes an inferer with one more layer, which shares the plans and begins without agents.
+
+        `jh.with_epsilon` and `jh.recurrent` add theirs by it.
+
+        Args:
+            layer: Which inputs to fill and which outputs to keep, and how.
+
+        Returns:
+            A `MemoizingInferer`.
+
+        Raises:
+            ValueError: If a name is unknown or hidden already, none is left for the caller, or rows
+                are not on the first axis.
+        """
+        engine, others = self.engine, () if self.agents is None else self.agents.layers.all
+        layers = Layers(engine.inputs, engine.outputs, (*others, layer))
+        agents = Agents(layers, engine.plans.max_plans, self._leaves)
+        return MemoizingInferer(engine, self.params, agents)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes an artifact from which `jh.load_inferer` makes an inferer, without this code.
 
-        A folder: the model as StableHLO for any number of rows, on cpu, cuda and tpu (or those of
-        them that it can be lowered for), its parameters in the safetensors format, and a manifest
-        with names, types, policy, observed sizes and the SHA-256 of every file. It appears whole:
-        killed at any time, a save leaves the artifact that was there or the new one. Where inputs
-        are filled or state is kept by wrappers, it holds the model under them.
+        A folder: the model as StableHLO for any number of rows, on cpu, cuda and tpu (or those it
+        can be lowered for), parameters in the safetensors format, and a manifest with names, types,
+        policy, observed sizes and the SHA-256 of every file. A save that is killed leaves the
+        artifact that was there or the new one. Under wrappers, it is the model that is written.
 
         Args:
             directory: The folder; an artifact that lies there is replaced.
@@ -197,7 +367,7 @@ class MemoizingInferer:
 
     @property
     def apply_fn(self) -> Callable[..., Any]:
-        """The model, `apply_fn(params, inputs)`: for `jit`, `grad`, `vmap` and handlers."""
+        """The model under all wrappers, `apply_fn(params, inputs)`: for `jit` and handlers."""
         return self.engine.apply_fn
 
     @property
@@ -218,117 +388,13 @@ class MemoizingInferer:
     @property
     def input_specs(self) -> Any:
         """What a caller gives: a tree of `jax.ShapeDtypeStruct`, shapes of one row."""
-        return self.raw_input_specs
+        return self.inputs.tree
 
     @property
     def output_specs(self) -> Any:
         """What a caller gets: a tree of `jax.ShapeDtypeStruct`, shapes of one row."""
-        return self.raw_output_specs
+        return self.outputs.tree
 
     def __repr__(self) -> str:
-        engine, stats = self.engine, self.stats()
-        held = sorted(engine.plans.keys())
-        plans = f"{len(held)} plan{'s' * (len(held) != 1)} ({', '.join(map(str, held))})"
-        return (
-            f"{type(self).__name__}({engine.inputs} -> {engine.outputs}, "
-            f"{engine.policy.spec['name']}: {plans}, {stats.hits:,} hits, {stats.misses:,} misses, "
-            f"{stats.compile_seconds:.2f} s compiling, {stats.padding:.0%} padding"
-            f"{', sealed' if engine.sealed else ''})"
-        )
-
-
-def memoizing_inferer(
-    apply_fn: Callable[..., Any],
-    params: Any,
-    example: Any,
-    *,
-    preload: Iterable[int] = (),
-    policy: Policy | None = None,
-    max_plans: int | None = None,
-    background: bool = False,
-    freeze: bool = False,
-    row_axis: int | tuple[int, int] = 0,
-    narrowing: str = "warn",
-) -> MemoizingInferer:
-    """Makes an inferer of a model: called with any number of rows, it compiles each bucket once.
-
-    Args:
-        apply_fn: `apply_fn(params, inputs)`, pure, `inputs` a tree of rows `[B, ...]`; gives a tree
-            of rows `[B, ...]`.
-        params: The parameters, any tree. They lie on the device once, whatever the number of plans.
-        example: Inputs of any number of rows, arrays or `jax.ShapeDtypeStruct`s; only types count.
-        preload: Numbers of rows whose plans are compiled now.
-        policy: Which buckets there are, one of `jh.policies`; None is `jh.policies.exact()`.
-        max_plans: The most plans to hold; the one unused for longest goes first. None holds all.
-        background: Whether rows are served by a larger plan at once, where there is one, while
-            their own is compiled in a thread.
-        freeze: Whether parameters become constants of every plan: for small models of many leaves,
-            of which each costs more than a microsecond a call. `with_params` then raises.
-        row_axis: Where rows are, in inputs and outputs alike: 1 serves an ensemble `[E, B, ...]`; a
-            pair tells them apart, `(0, 1)` for `[B, ...]` to `[E, B, ...]`.
-        narrowing: What a float64 leaf does where float32 is expected: "warn", "raise" or "allow".
-
-    Returns:
-        A `MemoizingInferer`.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument has a value that makes no sense, or an output has no row per row.
-
-    Example:
-        >>> import numpy as np, jaxhandler as jh
-        >>> infer = jh.memoizing_inferer(
-        ...     lambda params, x: {"sum": x.sum(axis=1)}, (), np.zeros((1, 3), np.float32),
-        ...     policy=jh.policies.powers_of_two(64),
-        ... )
-        >>> [len(infer(np.ones((n, 3), np.float32))["sum"]) for n in (3, 4, 100)]
-        [3, 4, 100]
-        >>> infer.stats().compiles
-        2
-    """
-    if not callable(apply_fn):
-        raise TypeError(explain("apply_fn", seen=a_type(apply_fn), expected="a function"))
-    chosen = policies.exact() if policy is None else policy
-    if not isinstance(chosen, Policy):
-        expected = "one of jh.policies, such as jh.policies.exact()"
-        raise TypeError(explain("policy", seen=a_type(policy), expected=expected))
-    if max_plans is not None:
-        check_count("max_plans", max_plans)
-    in_axis, out_axis = row_axis if isinstance(row_axis, tuple) else (row_axis, row_axis)
-    check_count("row_axis", in_axis, least=0)
-    check_count("row_axis", out_axis, least=0)
-    held = _on_device(params)
-    rows = Rows(example, in_axis, narrowing=narrowing)
-    engine = Engine(apply_fn, held, rows, out_axis, chosen, max_plans, background, freeze)
-    infer = MemoizingInferer(engine, held)
-    infer.preload(preload)
-    return infer
-
-
-def _on_device(params: Any) -> Any:
-    """Returns `params` as JAX arrays, what is the caller's to change copied."""
-
-    def put(path: Any, leaf: Any) -> Any:
-        if isinstance(leaf, jax.Array):
-            return leaf
-        if isinstance(leaf, np.ndarray | np.generic):
-            check_dtype(f"params{jax.tree_util.keystr(path)}", leaf)
-            # Without jnp, which would compile a conversion for every shape.
-            return jax.device_put(np.array(leaf))
-        return jnp.asarray(leaf)
-
-    return jax.tree_util.tree_map_with_path(put, params)
-
-
-def _check_like(params: Any, expected: Any) -> None:
-    structures = jax.tree.structure(params), jax.tree.structure(expected)
-    if structures[0] != structures[1]:
-        seen, wanted = map(str, structures)
-        raise ValueError(explain("params", seen=seen, expected=wanted))
-    pairs = zip(leaves_with_paths(params), jax.tree.leaves(expected), strict=True)
-    for (path, leaf), old in pairs:
-        for kind, error in (("shape", ValueError), ("dtype", TypeError)):
-            seen, wanted = getattr(leaf, kind), getattr(old, kind)
-            if seen != wanted:
-                text = explain("params", path=path, seen=f"{kind} {seen}", expected=str(wanted))
-                raise error(text)
+        wrapped = f"{self.agents}, " if self.agents is not None else ""
+        return f"{type(self).__name__}({self.inputs} -> {self.outputs}, {wrapped}{self.engine})"

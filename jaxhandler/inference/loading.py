@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 from jaxhandler.errors import check_choice
 from jaxhandler.inference import artifact, store
-from jaxhandler.inference.inferer import MemoizingInferer, memoizing_inferer
+from jaxhandler.inference.inferer import MemoizingInferer
+from jaxhandler.inference.memoizing import memoizing_inferer
 from jaxhandler.inference.policies import Policy
 
 __all__ = ["load_inferer"]

@@ -28,6 +28,7 @@ class Rows:
         names: Each leaf's path.
         specs: Each leaf's type: one row, the row axis left out.
         axis: Where the rows are.
+        narrowing: What a float64 leaf does where float32 is expected: "warn", "raise" or "allow".
         dtypes: Each leaf's dtype.
         bare: Whether it is a single array, and no tree around it.
 
@@ -43,7 +44,7 @@ class Rows:
         self, example: Any, axis: int = 0, argument: str = "example", narrowing: str = "warn"
     ) -> None:
         self.structure = jax.tree.structure(example)
-        self.axis, self._narrowing = axis, narrowing
+        self.axis, self.narrowing = axis, narrowing
         self.names: list[str] = []
         self.specs: list[jax.ShapeDtypeStruct] = []
         self._forms: list[tuple[tuple[int, ...], tuple[int, ...], np.dtype]] = []
@@ -161,7 +162,7 @@ class Rows:
         _shape_of(leaf, name)
         if type(leaf) in self._arrays and leaf.dtype == dtype:
             return leaf
-        target = check_dtype(name, leaf, self._narrowing)
+        target = check_dtype(name, leaf, self.narrowing)
         if target != dtype:
             raise TypeError(explain(name, seen=f"dtype {leaf.dtype}", expected=str(dtype)))
         array = np.asarray(leaf)

@@ -442,6 +442,22 @@ def test_seconds_are_predicted_from_calls_and_compiles():
 # What is refused.
 
 
+def centred(params, inputs):
+    return apply_fn(params, {**inputs, "x": inputs["x"] - inputs["x"].mean(axis=0)})
+
+
+@pytest.mark.parametrize("settings", [{"policy": POLICIES["fixed"]}, {"background": True}])
+def test_rows_that_influence_each_other_are_refused_where_asked(settings):
+    with pytest.raises(jh.RowDependenceError, match="exact"):
+        make(centred, check_rows=True, **settings)
+    assert_right(make(check_rows=True, **settings)(rows(3)), 3)
+
+
+def test_rows_that_influence_each_other_are_served_exactly():
+    found = make(centred, check_rows=True)(rows(3))
+    np.testing.assert_allclose(found["y"], centred(PARAMS, rows(3))["y"], rtol=1e-5, atol=1e-6)
+
+
 def test_parameters_given_as_numpy_arrays_may_be_changed_later():
     own = jax.tree.map(np.copy, PARAMS)
     infer = make(params=own)

@@ -1,0 +1,342 @@
+"""A runtime of several models: requests queued by name, run oldest first within a time budget."""
+
+import math
+import threading
+import time
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple
+
+from jaxhandler.errors import a_type, explain
+from jaxhandler.inference.agents import check_agents
+from jaxhandler.inference.inferer import MemoizingInferer
+from jaxhandler.inference.named import check_row
+
+__all__ = ["RunError", "Runtime", "choose", "runtime"]
+
+Requests = dict[Hashable, Any]
+
+
+class RunError(RuntimeError):
+    """Models failed in a run of a runtime, in which others may have succeeded.
+
+    Attributes:
+        results: What the others gave, `{name: {agent: outputs}}`.
+        errors: What each model that failed raised, by its name.
+        requests: What they were to compute, `{name: {agent: inputs}}`; no longer queued.
+
+    Example:
+        >>> error = RunError({}, {"walker": ValueError("no")}, {"walker": {}})
+        >>> error
+        RunError("walker: saw ValueError('no') when it ran, ...")
+    """
+
+    def __init__(
+        self,
+        results: dict[str, Requests],
+        errors: dict[str, Exception],
+        requests: dict[str, Requests],
+    ) -> None:
+        fix = "What succeeded is in error.results, what did not in error.requests."
+        texts = [
+            explain(name, seen=f"{error!r} when it ran", expected="outputs", fix=fix)
+            for name, error in errors.items()
+        ]
+        super().__init__(" ".join(texts))
+        self.results, self.errors, self.requests = results, errors, requests
+
+
+class _Model(NamedTuple):
+    """A model, and by agent the ticket and the row of each request that waits, in their order."""
+
+    infer: MemoizingInferer
+    queue: dict[Hashable, tuple[int, Any]]
+
+
+class Runtime:
+    """Several models by name, and requests that wait for them; made by `jh.runtime`.
+
+    Every request gets a ticket, a number that grows. All requests for a model are computed together
+    when it runs, and which model is next its oldest ticket says: one that ran is behind all that
+    wait, one that was skipped keeps its place. Safe to use from several threads; requests may be
+    pushed while models run.
+
+    Example:
+        >>> import numpy as np, jaxhandler as jh
+        >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros((1, 2), np.float32))
+        >>> rt = jh.runtime({"walker": infer})
+        >>> rt.push("walker", "anna", np.ones(2, np.float32))
+        0
+        >>> rt
+        Runtime(walker: 1 waiting)
+        >>> rt.run()
+        {'walker': {'anna': array([2., 2.], dtype=float32)}}
+    """
+
+    def __init__(self, models: Mapping[str, MemoizingInferer]) -> None:
+        self._lock = threading.Lock()
+        self._models: dict[str, _Model] = {}
+        self._ticket = 0
+        for name, infer in models.items():
+            self.add(name, infer)
+
+    def add(self, name: str, infer: MemoizingInferer) -> None:
+        """Adds a model.
+
+        Args:
+            name: What to call it; no other's.
+            infer: The model.
+
+        Raises:
+            TypeError: If `name` is no text or `infer` no inferer.
+            ValueError: If another model has the name.
+        """
+        if not isinstance(name, str):
+            raise TypeError(explain("name", seen=a_type(name), expected="text"))
+        _check_infer(infer)
+        with self._lock:
+            if name in self._models:
+                fix = "Use runtime.replace(name, infer), which keeps what waits."
+                seen = f"{name!r}, which there is"
+                raise ValueError(explain("name", seen=seen, expected="a new one", fix=fix))
+            self._models[name] = _Model(infer, {})
+
+    def replace(self, name: str, infer: MemoizingInferer) -> None:
+        """Puts another model in a model's place; what waits for the old one waits for the new one.
+
+        Args:
+            name: The model's.
+            infer: The new one.
+
+        Raises:
+            TypeError: If `infer` is no inferer.
+            ValueError: If no model has the name, or the new one takes other inputs.
+        """
+        _check_infer(infer)
+        with self._lock:
+            old = self._find(name)
+            seen, expected = str(infer.inputs), str(old.infer.inputs)
+            if (seen, infer.inputs.structure) != (expected, old.infer.inputs.structure):
+                fix = "Use runtime.remove(name) and runtime.add(name, infer)."
+                raise ValueError(explain("infer", seen=seen, expected=expected, fix=fix))
+            self._models[name] = old._replace(infer=infer)
+
+    def remove(self, name: str) -> Requests:
+        """Removes a model.
+
+        Args:
+            name: The model's.
+
+        Returns:
+            What waited for it and will not be computed, `{agent: inputs}`.
+
+        Raises:
+            ValueError: If no model has the name.
+        """
+        with self._lock:
+            queue = self._find(name).queue
+            del self._models[name]
+        return {agent: row for agent, (_, row) in queue.items()}
+
+    def push(self, name: str, agent: Hashable, inputs: Any) -> int:
+        """Queues a request.
+
+        Args:
+            name: The model's.
+            agent: Who asks; once per model until it has run.
+            inputs: One row, a tree like the model's `input_specs`; not to be changed before it ran.
+
+        Returns:
+            The request's ticket.
+
+        Raises:
+            ValueError: If no model has the name.
+            TypeError: If a leaf is no array, is traced, or has another dtype.
+            ValueError: If the tree or a shape is another one, or the agent waits already.
+            OverflowError: If a 64-bit integer does not fit.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> example = {"obs": np.zeros((1, 2), np.float32)}
+            >>> infer = jh.memoizing_inferer(lambda params, x: x, (), example)
+            >>> jh.runtime({"walker": infer}).push("walker", 7, {"obs": np.zeros(3, np.float32)})
+            Traceback (most recent call last):
+            ValueError: walker: inputs of agent 7['obs']: saw shape [3], expected [2].
+        """
+        with self._lock:
+            infer = self._find(name).infer
+        argument = f"{name}: inputs of agent {agent!r}"
+        hidden = infer.agents.layers.hidden if infer.agents is not None else ()
+        leaves = [leaf.copy() for leaf in check_row(infer.inputs, inputs, argument, hidden)]
+        (check_agents if infer.agents is None else infer.agents.check)((agent,))
+        row = infer.inputs.structure.unflatten(leaves)
+        with self._lock:
+            queue = self._find(name).queue
+            if agent in queue:
+                fix = "Run the model before the agent asks again."
+                seen, expected = "a second request", "one until the model has run"
+                raise ValueError(explain(argument, seen=seen, expected=expected, fix=fix))
+            ticket, self._ticket = self._ticket, self._ticket + 1
+            queue[agent] = ticket, row
+        return ticket
+
+    def run_for(self, milliseconds: float) -> dict[str, Requests]:
+        """Runs models oldest first: always one, then those of which the cost fits what is left.
+
+        A model computes all that waits for it. What that will cost says its `predict_seconds`, from
+        what was measured, compiles included; of a model that was never measured it says nothing,
+        and it runs while time is left. Those that do not fit keep their place.
+
+        Args:
+            milliseconds: The budget; `math.inf` runs all.
+
+        Returns:
+            What each model that ran gave, `{name: {agent: outputs}}`, in the order in which they
+            ran; agents in the order of their requests. Empty where nothing waits.
+
+        Raises:
+            TypeError: If the budget is no number.
+            ValueError: If it is negative.
+            RunError: If a model failed, after the others ran; has their results, and what the model
+                was to compute, which waits no longer.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros(1, np.float32))
+            >>> rt = jh.runtime({"walker": infer, "swimmer": infer.with_params(3.0)})
+            >>> for name in ("swimmer", "walker"):
+            ...     ticket = rt.push(name, "anna", np.float32(1))
+            >>> rt.run_for(0)
+            {'swimmer': {'anna': array(3., dtype=float32)}}
+            >>> rt.waiting()
+            {'walker': 1, 'swimmer': 0}
+        """
+        deadline = time.perf_counter() + _checked(milliseconds) / 1e3
+        # What is pushed from now on waits for the next run, unless its model is still to come.
+        end = self._ticket
+        results: dict[str, Requests] = {}
+        errors: dict[str, Exception] = {}
+        failed: dict[str, Requests] = {}
+        while (taken := self._take(end, deadline, first=not results and not errors)) is not None:
+            name, infer, requests = taken
+            try:
+                results[name] = infer.batch(requests)
+            except Exception as error:
+                errors[name], failed[name] = error, requests
+        if errors:
+            raise RunError(results, errors, failed) from next(iter(errors.values()))
+        return results
+
+    def run(self) -> dict[str, Requests]:
+        """Runs all models for which something waits, oldest first.
+
+        Returns:
+            As `run_for`.
+
+        Raises:
+            RunError: As in `run_for`.
+        """
+        return self.run_for(math.inf)
+
+    def waiting(self) -> dict[str, int]:
+        """Returns how many requests wait for each model."""
+        with self._lock:
+            return {name: len(model.queue) for name, model in self._models.items()}
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{name}: {count} waiting" for name, count in self.waiting().items())
+        return f"Runtime({counts})"
+
+    def _take(
+        self, end: int, deadline: float, first: bool
+    ) -> tuple[str, MemoizingInferer, Requests] | None:
+        """Takes what waits for the model whose turn it is; None where none of them fits."""
+        with self._lock:
+            tickets = {name: _ticket(model) for name, model in self._models.items() if model.queue}
+            tickets = {name: ticket for name, ticket in tickets.items() if ticket < end}
+            waiting = {name: self._models[name] for name in tickets}
+            seconds = {
+                name: model.infer.predict_seconds(len(model.queue))
+                for name, model in waiting.items()
+            }
+            name = choose(tickets, seconds, math.inf if first else deadline - time.perf_counter())
+            if name is None:
+                return None
+            infer, queue = self._models[name]
+            self._models[name] = _Model(infer, {})
+        return name, infer, {agent: row for agent, (_, row) in queue.items()}
+
+    def _find(self, name: str) -> _Model:
+        if name not in self._models:
+            expected = "one of " + (", ".join(map(repr, self._models)) or "none")
+            raise ValueError(explain("name", seen=repr(name), expected=expected))
+        return self._models[name]
+
+
+def runtime(models: Mapping[str, MemoizingInferer] | None = None) -> Runtime:
+    """Makes a runtime: several models, run oldest request first within a budget of time.
+
+    For loops that may spend so many milliseconds a turn on inference, such as those of games.
+
+    Args:
+        models: Inferers by name; more can be added.
+
+    Returns:
+        A `Runtime`.
+
+    Raises:
+        TypeError: If `models` is no mapping of names to inferers.
+
+    Example:
+        >>> import numpy as np, jaxhandler as jh
+        >>> infer = jh.memoizing_inferer(
+        ...     lambda w, x: {"action": x["obs"] @ w}, np.ones((3, 1), np.float32),
+        ...     {"obs": np.zeros((1, 3), np.float32)},
+        ... )
+        >>> rt = jh.runtime({"walker": infer})
+        >>> ticket = rt.push("walker", "anna", {"obs": np.ones(3, np.float32)})
+        >>> rt.run_for(4)
+        {'walker': {'anna': {'action': array([3.], dtype=float32)}}}
+    """
+    if models is not None and not isinstance(models, Mapping):
+        expected = "inferers by name, such as {'walker': infer}"
+        raise TypeError(explain("models", seen=a_type(models), expected=expected))
+    return Runtime(models or {})
+
+
+def choose(tickets: Mapping[str, int], seconds: Mapping[str, float], left: float) -> str | None:
+    """Chooses which model runs next: of those that fit, the one with the oldest ticket.
+
+    Args:
+        tickets: The oldest ticket that waits for each model.
+        seconds: What each will cost, estimated.
+        left: Seconds left; `math.inf` where one has to run. None fits where nothing is left.
+
+    Returns:
+        A name, or None where none fits.
+
+    Example:
+        >>> choose({"walker": 7, "swimmer": 5}, {"walker": 0.001, "swimmer": 0.1}, 0.004)
+        'walker'
+    """
+    fitting = [name for name in tickets if seconds[name] <= left and left > 0]
+    return min(fitting, key=lambda name: tickets[name], default=None)
+
+
+def _ticket(model: _Model) -> int:
+    return next(iter(model.queue.values()))[0]
+
+
+def _check_infer(infer: Any) -> None:
+    if not isinstance(infer, MemoizingInferer):
+        expected = "what jh.memoizing_inferer makes"
+        raise TypeError(explain("infer", seen=a_type(infer), expected=expected))
+
+
+def _checked(milliseconds: float) -> float:
+    expected = "a number of at least 0"
+    seen = f"{milliseconds!r} ({type(milliseconds).__name__})"
+    if isinstance(milliseconds, bool) or not isinstance(milliseconds, int | float):
+        raise TypeError(explain("milliseconds", seen=seen, expected=expected))
+    if not milliseconds >= 0:
+        raise ValueError(explain("milliseconds", seen=seen, expected=expected))
+    return milliseconds
