@@ -64,6 +64,15 @@ def test_the_example_larger_than_memory_stays_within_its_limit(folder: Path, scr
     assert not list(scratch.iterdir())
 
 
+def test_the_server_runs_with_few_requests_and_cleans_up(folder: Path, scratch: Path) -> None:
+    printed = run("serve.py", folder, SERVE_REQUESTS="40")
+    assert accuracy_in(printed) >= 96
+    assert re.search(r"powers of two +\d ", printed)
+    assert "in a process that starts again" in printed
+    assert [path.name for path in folder.iterdir()] == ["serve.png"]
+    assert not list(scratch.iterdir())
+
+
 def test_the_sweep_runs_with_few_looks_and_cleans_up(folder: Path, scratch: Path) -> None:
     printed = run("ensemble_sweep.py", folder, SWEEP_LOOKS="6")
     assert accuracy_in(printed) >= 96

@@ -17,7 +17,7 @@ from jaxhandler.inference.agents import agent_bits
 from jaxhandler.inference.inferer import MemoizingInferer
 from jaxhandler.inference.layers import AgentRows, Layer, find_spec
 
-__all__ = ["Noise", "constant", "draw", "normal", "uniform", "with_epsilon"]
+__all__ = ["Noise", "constant", "draw", "normal", "uniform"]
 
 
 class Noise(NamedTuple):
