@@ -81,7 +81,7 @@ def fast_conv() -> Model:
         A `Model`.
     """
     model = conv()
-    return model._replace(apply_fn=jh.fast_conv(model.apply_fn))
+    return model._replace(apply_fn=jh.fast_conv(model.apply_fn, members=False))
 
 
 MODELS = {"MLP": mlp, "conv": conv, "fast_conv": fast_conv}

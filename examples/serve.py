@@ -220,7 +220,13 @@ right.set(ylabel="seconds compiling")
 right.margins(y=0.25)
 figure.suptitle(f"{SENDERS} threads, {found['exact']['rows']:,} rows, two cores")
 figure.savefig("serve.png", dpi=120)
-plt.show()
+print("saved serve.png")
 
+# %% [markdown]
+# ## Clean up
+
+# %%
 temporary.cleanup()
+print(f"removed {temporary.name}")
+
 assert accuracy >= WANTED_ACCURACY, f"accuracy {accuracy:.1%}, wanted {WANTED_ACCURACY:.0%}"

@@ -4,7 +4,7 @@ import importlib
 import inspect
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "a_type",
     "check_choice",
     "check_count",
+    "check_counts",
     "explain",
     "extra",
     "warn",
@@ -107,6 +108,30 @@ def check_count(argument: str, value: Any, *, least: int = 1) -> int:
     if number < least:
         raise ValueError(explain(argument, seen=str(number), expected=expected))
     return number
+
+
+def check_counts(argument: str, values: Any) -> list[int]:
+    """Returns `values` if they are whole numbers of at least one.
+
+    Args:
+        argument: The name of the argument as the caller wrote it.
+        values: What the caller gave.
+
+    Returns:
+        The numbers as `int`s.
+
+    Raises:
+        TypeError: If it is a single number, or one of them is not a whole number.
+        ValueError: If one is below one.
+
+    Example:
+        >>> check_counts("sizes", (1, 8))
+        [1, 8]
+    """
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        expected, fix = "several whole numbers", "Write a tuple, (8,) for a single one."
+        raise TypeError(explain(argument, seen=repr(values), expected=expected, fix=fix))
+    return [check_count(argument, value) for value in values]
 
 
 def check_choice(argument: str, value: object, choices: Sequence[object]) -> None:

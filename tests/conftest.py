@@ -1,8 +1,10 @@
 """Data that tests share; the settings that hold for every test stand in the root's conftest."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
@@ -30,3 +32,13 @@ def dataset(tmp_path: Path) -> Dataset:
     np.save(folder / "x.npy", x)
     np.save(folder / "y.npy", y)
     return Dataset({"x": x, "y": y}, folder)
+
+
+@pytest.fixture(scope="module")
+def compiled_soon() -> Iterator[None]:
+    """For modules whose plans run a few times only: what matters is how soon they are compiled."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)

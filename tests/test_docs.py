@@ -52,6 +52,7 @@ def relative(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+@pytest.mark.usefixtures("compiled_soon")
 @pytest.mark.parametrize("page", [page for page in MARKDOWN if blocks(page)], ids=relative)
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks are read from top to bottom: a later one may use what an earlier one made."""

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# Examples compute for longer than they compile, for which tests may have flags.
+FLAGS = "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"
 
 
 def run(script: str, folder: Path, **environment: str) -> str:
     """Runs an example in a folder of its own, and gives what it prints."""
+    inherited = {name: value for name, value in os.environ.items() if name not in FLAGS}
     result = subprocess.run(
         [sys.executable, ROOT / "examples" / script],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", **environment},
+        env={**inherited, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", **environment},
         capture_output=True,
         text=True,
         timeout=300,

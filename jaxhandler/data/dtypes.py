@@ -61,8 +61,8 @@ def check_dtype(name: str, array: Any, narrowing: str = "warn") -> np.dtype:
     target = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
     if target != dtype and dtype.kind in "fc" and narrowing != "allow":
         fix = (
-            f"Store it as {target}, set jax_enable_x64, or pass "
-            'narrowing="allow" to what opens it, jh.open_source for data.'
+            f'Store it as {target}, pass narrowing="allow" where it is opened or served, or set '
+            "jax_enable_x64."
         )
         text = explain(name, seen=str(dtype), expected=str(target), fix=fix)
         if narrowing == "raise":

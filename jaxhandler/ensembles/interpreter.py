@@ -8,7 +8,7 @@ from jax.core import ShapedArray
 from jax.extend import core
 from jax.extend.core import primitives
 
-from jaxhandler.ensembles.convolutions import convolution_form
+from jaxhandler.ensembles.convolutions import convolution_form, single_form
 from jaxhandler.ensembles.pooling import max_pool_form, sum_pool_form
 
 __all__ = ["Rewriter"]
@@ -19,6 +19,8 @@ FORMS: dict[core.Primitive, Callable[[Any], Callable[..., jax.Array] | None]] = 
     primitives.reduce_window_max_p: max_pool_form,
     primitives.reduce_window_sum_p: sum_pool_form,
 }
+# The same for one model, which is not batched over its parameters.
+SINGLE_FORMS = {**FORMS, primitives.conv_general_dilated_p: single_form}
 # Primitives that stay what they are when their functions are replaced. A function with a derivative
 # rule of its own keeps the rule.
 ENTERED = {
@@ -36,7 +38,8 @@ ENTERED = {
 class Rewriter:
     """Evaluates jaxprs with other forms in them; a jaxpr that occurs twice is rewritten once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, members: bool = True) -> None:
+        self._forms = FORMS if members else SINGLE_FORMS
         self._changes: dict[int, bool] = {}
         self._rewritten: dict[int, core.ClosedJaxpr] = {}
 
@@ -49,7 +52,7 @@ class Rewriter:
     def _changes_eqn(self, eqn: Any) -> bool:
         if eqn.primitive in ENTERED:
             return any(map(self._changes_inside, core.jaxprs_in_params(eqn.params)))
-        return _form(eqn) is not None
+        return self._form(eqn) is not None
 
     def _changes_inside(self, jaxpr: core.Jaxpr) -> bool:
         # References, as of `jax.new_ref`, cannot be arguments of a trace of ours.
@@ -66,7 +69,7 @@ class Rewriter:
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
             with eqn.ctx.manager:
-                form = _form(eqn)
+                form = self._form(eqn)
                 results = form(*operands) if form else self._bind(eqn, operands)
             many = eqn.primitive.multiple_results
             values.update(zip(eqn.outvars, results if many else [results], strict=True))
@@ -95,7 +98,6 @@ class Rewriter:
             self._rewritten[id(owner)] = trace(*avals)
         return self._rewritten[id(owner)]
 
-
-def _form(eqn: Any) -> Callable[..., jax.Array] | None:
-    find = FORMS.get(eqn.primitive)
-    return None if find is None else find(eqn)
+    def _form(self, eqn: Any) -> Callable[..., jax.Array] | None:
+        find = self._forms.get(eqn.primitive)
+        return None if find is None else find(eqn)

@@ -1,4 +1,4 @@
-"""`jh.fast_conv`: a function whose convolutions and pools are those that are fast over members."""
+"""`jh.fast_conv`: a function whose convolutions and pools are those that are fast."""
 
 import functools
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import numpy as np
 __all__ = ["fast_conv"]
 
 
-def fast_conv(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `fn` with its convolutions and pools in the forms that are fast over members.
+def fast_conv(fn: Callable[..., Any], *, members: bool = True) -> Callable[..., Any]:
+    """Returns `fn` with its convolutions and pools in the forms that are fast, over members or not.
 
     Each convolution becomes a matrix product, of patches of the input and a banded matrix of the
     kernel, and each max-pool a chain of strided slices. On CPU that trains ten LeNet-5 under `vmap`
@@ -20,12 +20,17 @@ def fast_conv(fn: Callable[..., Any]) -> Callable[..., Any]:
     native ones but for rounding. A max-pool's gradient goes to the first of equals, as natively;
     there, XLA's forward and second derivatives do not agree with its gradient, and these do.
 
+    One model gains as well, with `members=False`: its convolutions of few channels become products
+    or sums of shifted images, the others stay. On one core of a CPU, jitted, a LeNet-5 answers 64
+    rows in 0.3 of the native time, two layers of 16 and 32 channels in 0.4 to 0.5, of 32 and 64 in
+    0.8 over RGB and in as much as natively over one channel. They train in 0.3 to 0.5, 32 rows a
+    step.
+
     Apply it to the model or the loss, before it is differentiated, batched or jitted: a gradient
-    inside `fn` has convolutions of its own, and some of them stay. It is meant for functions that
-    are then batched over their parameters: a single model with 32 channels and more is better off
-    without. A step may need up to five times the memory, and many members are faster still in a
-    `jax.lax.map` with a `batch_size` of about ten. What would not pay stays, and where there is
-    nothing to do, `fn` itself is called.
+    inside `fn` has convolutions of its own, and some of them stay. A step over members may need up
+    to five times the memory, and many members are faster still in a `jax.lax.map` with a
+    `batch_size` of about ten. What would not pay stays, and where there is nothing to do, `fn`
+    itself is called.
 
     `fn` is traced whenever it is called, so jit what is made of it. Convolutions are found inside
     `jit`, `jax.checkpoint`, `scan`, `while_loop` and `cond` as well. A function with a derivative
@@ -35,6 +40,9 @@ def fast_conv(fn: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         fn: A pure function of pytrees, positional or by keyword. Leaves other than arrays reach it
             as they are.
+        members: Whether `fn` is then batched over the parameters of members. False is for one model
+            that is served or trained: over members it is right too, but slower. It changes nothing
+            on other backends than CPU, where only windows of one change over members.
 
     Returns:
         A function that is called like `fn`. What cannot be traced is called as it is.
@@ -71,7 +79,7 @@ def fast_conv(fn: Callable[..., Any]) -> Callable[..., Any]:
             traced = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
         except Exception:  # Whatever it is, the function itself says it best.
             traced = None
-        rewriter = Rewriter()
+        rewriter = Rewriter(members=members)
         if traced is None or not rewriter.changes(traced[0].jaxpr):
             return fn(*args, **kwargs)
         closed, shapes = traced

@@ -127,7 +127,8 @@ def _describe(options: argparse.Namespace) -> None:
     arguments = ", ".join(f"{key}={value}" for key, value in policy.items() if key != "name")
     most = "any number of" if settings["max_plans"] is None else f"at most {settings['max_plans']}"
     flags = [name for name in ("background", "freeze") if settings[name]]
-    sizes = [f"{size} ({count:,})" for size, count in settings["sizes"].items()]
+    seen = {int(size): count for size, count in settings["sizes"].items()}
+    sizes = [f"{size} ({count:,})" for size, count in sorted(seen.items())]
     before, after = settings["row_axis"]
     lines = {
         "inputs": _leaves(settings["inputs"], before),

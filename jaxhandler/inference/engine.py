@@ -228,7 +228,9 @@ class Engine:
         """Lets the next call with arrays of these shapes find its plan at once."""
         held = self.plans.held(part.bucket)
         requests = self._requests.setdefault(part, Tally())
-        if held is not None and len(self._known) < _MOST_SHAPES:
+        if len(self._known) >= _MOST_SHAPES:
+            self._known = {}
+        if held is not None:
             single = len(leaves) == 1 and type(leaves[0]) is np.ndarray
             key = leaves[0].shape if single else (*map(type, leaves), *map(_SHAPE, leaves))
             self._known[key] = held, requests, part
@@ -374,7 +376,7 @@ class Engine:
             for name, kind in zip(self.inputs.names, self.inputs.types(bucket), strict=True)
         )
         sizes = sorted(self.plans.keys())
-        fix = f"Call infer.preload(({bucket},)) before infer.seal(), or use a policy that pads."
+        fix = f"Call infer.preload(({bucket},)) before infer.seal(), or send rows that these hold."
         seen = f"a request that needs a plan for {shapes}"
         expected = f"one of the sealed buckets {sizes}"
         raise SealedError(explain("inputs", seen=seen, expected=expected, fix=fix))

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxhandler.errors import a_type, check_count, explain
+from jaxhandler.errors import a_type, check_count, check_counts, explain
 from jaxhandler.inference import artifact
 from jaxhandler.inference.agents import Agents, as_agents
 from jaxhandler.inference.engine import Engine
@@ -200,7 +200,7 @@ class MemoizingInferer:
             >>> infer.stats().compiles
             2
         """
-        counts = [check_count("sizes", size) for size in sizes]
+        counts = check_counts("sizes", sizes)
         if self.agents is None:
             self.engine.preload(counts)
         else:

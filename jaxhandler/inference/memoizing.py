@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jaxhandler.errors import a_type, check_count, explain
+from jaxhandler.errors import a_type, check_count, check_counts, explain
 from jaxhandler.inference import policies
 from jaxhandler.inference.engine import Engine
 from jaxhandler.inference.independence import check_row_independence
@@ -75,6 +75,7 @@ def memoizing_inferer(
     if not isinstance(chosen, Policy):
         expected = "one of jh.policies, such as jh.policies.exact()"
         raise TypeError(explain("policy", seen=a_type(policy), expected=expected))
+    sizes = check_counts("preload", preload)
     if max_plans is not None:
         check_count("max_plans", max_plans)
     in_axis, out_axis = row_axis if isinstance(row_axis, tuple) else (row_axis, row_axis)
@@ -86,5 +87,5 @@ def memoizing_inferer(
     if check_rows and (chosen.mixes or background):
         check_row_independence(apply_fn, held, example, row_axis=row_axis)
     infer = MemoizingInferer(engine, held)
-    infer.preload(preload)
+    infer.preload(sizes)
     return infer

@@ -179,15 +179,14 @@ def with_epsilon(
     if getattr(row, "shape", None) != spec.shape or row.dtype != spec.dtype:
         expected = f"{spec.dtype}{list(spec.shape)}"
         raise ValueError(explain("noise", seen=f"a function that gives {row}", expected=expected))
-    # With keys of other kinds, numbers drawn under vmap depend on what is drawn beside them.
-    alone = made.random_key is not None and jax.random.key_impl(made.random_key) != "threefry2x32"
 
     def fill(states: Any, rows: AgentRows) -> list[Any]:
         def one(row: tuple[Any, Any]) -> Any:
             return _draw(made, *row, *_form(spec))
 
-        each = rows.bits, rows.steps
-        return [jax.lax.map(one, each) if alone else jax.vmap(one)(each)]
+        # Under vmap, how many rows are drawn at once decides the last bit of some, and with keys
+        # other than threefry all of the number.
+        return [jax.lax.map(one, (rows.bits, rows.steps))]
 
     return infer.with_layer(Layer((key,), (), fill, counts=made.random_key is not None))
 

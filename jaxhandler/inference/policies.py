@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from jaxhandler.errors import a_type, check_count, explain
+from jaxhandler.errors import check_count, check_counts, explain
 from jaxhandler.inference.buckets import Observed, learned_buckets
 
 __all__ = [
@@ -261,9 +261,7 @@ def from_spec(spec: Mapping[str, Any]) -> Policy:
 
 
 def _checked(sizes: Iterable[int]) -> tuple[int, ...]:
-    if not isinstance(sizes, Iterable) or isinstance(sizes, str):
-        raise TypeError(explain("sizes", seen=a_type(sizes), expected="whole numbers"))
-    chosen = tuple(sorted({check_count("sizes", size) for size in sizes}))
+    chosen = tuple(sorted(set(check_counts("sizes", sizes))))
     if not chosen:
         raise ValueError(explain("sizes", seen="none", expected="at least one"))
     return chosen

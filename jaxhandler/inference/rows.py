@@ -164,7 +164,9 @@ class Rows:
             return leaf
         target = check_dtype(name, leaf, self.narrowing)
         if target != dtype:
-            raise TypeError(explain(name, seen=f"dtype {leaf.dtype}", expected=str(dtype)))
+            fix = f"Cast it, .astype({str(dtype)!r})."
+            text = explain(name, seen=f"dtype {leaf.dtype}", expected=str(dtype), fix=fix)
+            raise TypeError(text)
         array = np.asarray(leaf)
         return array if array.dtype == dtype else narrow(name, array, target)
 
@@ -172,10 +174,15 @@ class Rows:
         given = [name for name, _ in leaves_with_paths(inputs)]
         missing = [f"no inputs{name}" for name in self.names if name not in given]
         unknown = [f"inputs{name}" for name in given if name not in self.names]
+        fix = ""
+        if isinstance(inputs, list) and not isinstance(self.tree, list):
+            # Of a list of rows, the paths would be pages.
+            missing, unknown = [], [f"a list of {len(inputs)}"]
+            fix = "Stack rows, jax.tree.map(lambda *x: np.stack(x), *rows), or use infer.batch."
         seen = ", ".join(missing + unknown) or str(structure)
         expected = ", ".join(f"inputs{name}" for name in self.names)
         expected = expected if missing or unknown else str(self.structure)
-        raise ValueError(explain("inputs", seen=seen, expected=expected))
+        raise ValueError(explain("inputs", seen=seen, expected=expected, fix=fix))
 
     def _refuse_shape(self, number: int, shape: tuple[int, ...]) -> None:
         head, tail, _ = self._forms[number]
@@ -207,10 +214,17 @@ def traced_outputs(apply_fn: Callable[..., Any], params: Any, inputs: Rows, axis
     Raises:
         ValueError: If an output does not have a row for each row.
     """
-    shapes = [
-        jax.eval_shape(apply_fn, params, inputs.structure.unflatten(inputs.types(rows)))
-        for rows in (2, 3)
-    ]
+    try:
+        shapes = [
+            jax.eval_shape(apply_fn, params, inputs.structure.unflatten(inputs.types(rows)))
+            for rows in (2, 3)
+        ]
+    except Exception as error:
+        error.add_note(
+            f"It happened while apply_fn was traced for inputs {inputs}, as example says. Rows "
+            "lead there: a single one is example[None]."
+        )
+        raise
     for (path, two), three in zip(
         jax.tree_util.tree_leaves_with_path(shapes[0]), jax.tree.leaves(shapes[1]), strict=True
     ):

@@ -395,55 +395,92 @@ def test_an_output_moved_elsewhere_with_its_manifest_opens_there(x, tmp_path):
 # Real processes, really killed; real disks, really full.
 
 
-def child(code, *args, **options):
-    """Starts a Python process that runs `code` with this checkout's package."""
-    header = """
-        import os, sys
-        from pathlib import Path
-        import jax, numpy as np
-        from jaxhandler.data.sinks import open_sink
-        x = np.arange(12, dtype=np.float32).reshape(6, 2)
-        specs = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        path = Path(sys.argv[1])
-    """
-    script = textwrap.dedent(header) + textwrap.dedent(code)
+HEADER = """
+import os, sys
+from pathlib import Path
+import jax, numpy as np
+from jaxhandler.data.sinks import open_sink
+x = np.arange(12, dtype=np.float32).reshape(6, 2)
+specs = jax.ShapeDtypeStruct(x.shape, x.dtype)
+path = Path(sys.argv[1])
+"""
+# Imports what writers need, which takes most of a second, and forks each of them.
+NURSERY = """
+import json, os, signal, sys, traceback
+import h5py, pyarrow.parquet, zarr
+import jaxhandler, tests.data.formats
+
+for line in sys.stdin:
+    code, log, *sys.argv[1:] = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        signal.alarm(120)
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(1, 2)
+        status = 1
+        try:
+            exec(code, {})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def start_child(script, *args, executable=None):
+    """Starts a Python process that runs a script with this checkout's package."""
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, args)],
+        executable=executable,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        **options,
     )
 
 
-def run_child(code, *args, **options):
-    process = child(code, *args, **options)
-    out, err = process.communicate(timeout=120)
+@pytest.fixture(scope="module")
+def nursery():
+    with start_child(NURSERY) as process:
+        yield process
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    return out
+
+
+@pytest.fixture
+def run_child(nursery, tmp_path_factory):
+    """Runs code in a process of its own, in which more was imported than it needs."""
+
+    def run(code, *args, returncode=0):
+        log = tmp_path_factory.mktemp("child") / "log"
+        task = [HEADER + textwrap.dedent(code), *map(str, [log, *args])]
+        print(json.dumps(task), file=nursery.stdin, flush=True)
+        ended = nursery.stdout.readline()
+        assert ended == f"{returncode}\n", ended + log.read_text()
+        return log.read_text()
+
+    return run
 
 
 @OUTS
 @pytest.mark.parametrize("earlier", [False, True], ids=["first", "second"])
-def test_a_process_killed_while_it_writes_leaves_no_half_output(out, earlier, x, tmp_path):
+def test_a_process_killed_while_it_writes_leaves_no_half_output(
+    out, earlier, x, tmp_path, run_child
+):
     path = tmp_path / out
     if earlier:
         write_anew(path, -x)
-    process = child(
-        """
+    code = """
+        import signal
         sink = open_sink(path, specs)
         sink.write(0, [x[:3]])
-        print("half", flush=True)
-        sys.stdin.read()
-        """,
-        path,
-        stdin=subprocess.PIPE,
-    )
-    with process:
-        assert process.stdout.readline() == "half\n"
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    run_child(code, path, returncode=-signal.SIGKILL)
     if earlier:
         np.testing.assert_array_equal(read_back(path)["outputs"], -x)
     else:
@@ -456,7 +493,9 @@ def test_a_process_killed_while_it_writes_leaves_no_half_output(out, earlier, x,
 
 @OUTS
 @pytest.mark.parametrize("earlier", [False, True], ids=["first", "second"])
-def test_killed_at_any_moment_an_output_is_the_old_one_or_the_new_one(out, earlier, tmp_path):
+def test_killed_at_any_moment_an_output_is_the_old_one_or_the_new_one(
+    out, earlier, tmp_path, run_child
+):
     """Forks a writer for every look at the file system it makes, and kills it right there."""
     report = run_child(
         """
@@ -554,10 +593,13 @@ def test_writing_again_where_the_last_rename_is_missing_first_ends_it(out, x, tm
         np.testing.assert_array_equal(read(path), x)
 
 
-def full_disk(code, path, **options):
-    """Runs `code` between the lines that expect an OSError and report it."""
-    header = "import errno\ndef attempt():\n" + textwrap.indent(textwrap.dedent(code), "    ")
-    footer = """
+@pytest.fixture
+def full_disk(run_child):
+    """Runs code that fails with an OSError, and tells which."""
+
+    def run(code, path):
+        header = "import errno\ndef attempt():\n" + textwrap.indent(textwrap.dedent(code), "    ")
+        footer = """
 try:
     attempt()
 except OSError as error:
@@ -565,13 +607,15 @@ except OSError as error:
 else:
     print("no error")
 """
-    return run_child(header + footer, path, **options).split()
+        return run_child(header + footer, path).strip()
+
+    return run
 
 
 @RESERVED
-def test_a_disk_without_room_is_an_error_before_any_work(out, tmp_path):
+def test_a_disk_without_room_is_an_error_before_any_work(out, tmp_path, full_disk):
     path = tmp_path / out
-    (code,) = full_disk(
+    code = full_disk(
         """
         import resource, signal
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -586,9 +630,9 @@ def test_a_disk_without_room_is_an_error_before_any_work(out, tmp_path):
 
 
 @OUTS
-def test_a_write_that_fails_is_an_error_and_leaves_the_output_absent(out, tmp_path):
+def test_a_write_that_fails_is_an_error_and_leaves_the_output_absent(out, tmp_path, full_disk):
     path = tmp_path / out
-    (code,) = full_disk(
+    code = full_disk(
         """
         import resource, signal
         big = np.random.default_rng(0).random((10_000, 8), np.float32)
@@ -631,8 +675,11 @@ def test_a_small_disk_that_is_full_is_an_error_and_no_signal(out, tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec unshare -Urm "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    report = run_child(code, tmp_path / out, executable=str(python))
-    assert report.split() == ["ENOSPC", "room", "again"]
+    script = HEADER + textwrap.dedent(code)
+    with start_child(script, tmp_path / out, executable=str(python)) as process:
+        report, err = process.communicate(timeout=120)
+    assert report.split() == ["ENOSPC", "room", "again"], err
+    assert process.returncode == 0, err
 
 
 @OUTS

@@ -159,17 +159,31 @@ def test_inputs_may_be_numbers():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="left as they are elsewhere")
-def test_convolutions_are_rewritten_over_members_but_not_for_one_alone():
+def test_convolutions_are_rewritten_over_members_and_for_one_alone():
     def convolve(kernel, x):
         return jax.lax.conv(x, kernel, (1, 1), "SAME")
 
     kernels, x = np.ones((3, 4, 1, 3, 3), np.float32), np.ones((8, 1, 6, 6), np.float32)
     expected = jax.vmap(convolve, (0, None))(kernels, x)
-    native = set()
+    forms = {}
     for fast_conv in ("auto", True, False):
         for strategy in ("vmap", "loop"):
             many = jh.batch_models(convolve, in_axes=None, strategy=strategy, fast_conv=fast_conv)
             np.testing.assert_allclose(many(kernels, x), expected, rtol=1e-5)
-            if "stablehlo.convolution" in jax.jit(many).lower(kernels, x).as_text():
-                native.add((fast_conv, strategy))
-    assert native == {("auto", "loop"), (False, "vmap"), (False, "loop")}
+            text = jax.jit(many).lower(kernels, x).as_text()
+            names = ("convolution", "dot_general", "case")
+            forms[fast_conv, strategy] = [name for name in names if f"stablehlo.{name}" in text]
+    assert forms.pop((False, "vmap")) == forms.pop((False, "loop")) == ["convolution"]
+    assert {strategy: form for (_, strategy), form in forms.items()} == {
+        "vmap": ["dot_general"],
+        "loop": ["case"],
+    }
+
+
+def test_convolutions_of_many_channels_stay_in_a_loop():
+    def convolve(kernel, x):
+        return jax.lax.conv(x, kernel, (1, 1), "SAME")
+
+    many = jh.batch_models(convolve, in_axes=None, strategy="loop", fast_conv=True)
+    text = jax.jit(many).lower(np.ones((2, 16, 16, 3, 3)), np.ones((8, 16, 6, 6))).as_text()
+    assert text.count("stablehlo.convolution") == 2

@@ -9,6 +9,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxhandler as jh
 
+pytestmark = pytest.mark.usefixtures("compiled_soon")
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(103, 5)).astype(np.float32)
 DATA = {"x": X, "y": np.tanh(X.sum(axis=1))}

@@ -1,7 +1,7 @@
 """Every kind of layer as an ensemble: what members give and learn is what each would by itself."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -15,20 +15,14 @@ from flax import nnx
 
 import jaxhandler as jh
 
+pytestmark = pytest.mark.usefixtures("compiled_soon")
+
 MEMBERS, ROWS, STEPS = 3, 4, 2
 KEY = jax.random.key(5)
 # Clipping makes members leak on a stacked tree. Adam's epsilon is one that does not make a step of
 # the rounding errors of gradients that are zero, as those of a bias before a norm.
 CLIP = 0.01
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(0.01, eps=1e-3))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_soon() -> Iterator[None]:
-    """Plans run a few times only: what matters is how soon they are compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Model(NamedTuple):
@@ -352,7 +346,7 @@ class Single(NamedTuple):
 
 
 @functools.cache
-def single_step(name: str, optimizer: optax.GradientTransformation = OPTIMIZER) -> Any:
+def single_step(name: str, optimizer: optax.GradientTransformation) -> Any:
     apply_fn = members_of(name).model.apply_fn
 
     @jax.jit
@@ -421,7 +415,7 @@ def check_outputs(name: str, *, shared: bool) -> None:
     many = jh.batch_models(apply_fn, in_axes=axes, strategy="vmap")
     keys = jax.random.split(KEY, MEMBERS)
     outputs, after = many(jh.stack(params), jh.stack(state), keys, rows)
-    step, init = single_step(name), jax.jit(OPTIMIZER.init)
+    step, init = single_step(name, OPTIMIZER), jax.jit(OPTIMIZER.init)
     for member in range(MEMBERS):
         given = params[member], init(params[member]), state[member]
         single = step(*given, rows if shared else rows[member], keys[member])

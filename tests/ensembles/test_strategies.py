@@ -61,13 +61,13 @@ def test_all_members_at_once_are_the_members_one_by_one(strategy, in_axis, out_a
 def test_gradients_of_the_sum_are_each_members_own(strategy):
     params, x = stacked_params(), rows_for(None)
     run = over_members(lambda p, x: layer(p, x, 1.0)["out"].sum(), (0, None), 0, strategy, MEMBERS)
-    together = jax.grad(lambda p: run(p, x).sum())(params)
-    alone = jax.grad(lambda p: layer(p, x, 1.0)["out"].sum())
+    together = jax.jit(jax.grad(lambda p: run(p, x).sum()))(params)
+    alone = jax.jit(jax.grad(lambda p: layer(p, x, 1.0)["out"].sum()))
     for member in range(MEMBERS):
         own = {name: leaf[member] for name, leaf in params.items()}
         jax.tree.map(
             lambda a, b, i=member: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6),
-            together,
+            jax.device_get(together),
             alone(own),
         )
 
@@ -127,11 +127,14 @@ def test_members_on_several_devices_give_the_same(mesh, strategy, in_axis):
 def test_members_that_do_not_divide_are_filled_up_and_cut(mesh, members):
     params = {name: leaf[:members] for name, leaf in stacked_params().items()}
     sharding = NamedSharding(mesh, PartitionSpec("members"))
-    run = lambda place: over_members(  # noqa: E731
-        lambda p, x: layer(p, x, 1.0)["out"], (0, None), 1, Strategy("vmap"), members, place
-    )(params, rows_for(None) * 0 + 1)
-    assert run(sharding).shape == (7, members, 3)
-    np.testing.assert_allclose(run(sharding), run(None), rtol=0, atol=1e-6)
+    spread, alone = (
+        over_members(
+            lambda p, x: layer(p, x, 1.0)["out"], (0, None), 1, Strategy("vmap"), members, place
+        )(params, np.ones((7, 5), np.float32))
+        for place in (sharding, None)
+    )
+    assert spread.shape == (7, members, 3)
+    np.testing.assert_allclose(spread, alone, rtol=0, atol=1e-6)
 
 
 @four_devices

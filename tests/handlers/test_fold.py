@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import jaxhandler as jh
 
 WEIGHTS = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-SIZES = (1, 7, 23, 127, 128, 129, 10001)
+SIZES = (1, 7, 23, 127, 128, 129, 2001)
 
 
 def rows_of(num_rows: int) -> dict[str, np.ndarray]:
@@ -43,8 +43,8 @@ def test_outputs_equal_one_shot_outputs(batch_size, mode, tail):
         data = rows_of(num_rows)
         expected = in_one_shot(data)
         assert_close(calc.calc(WEIGHTS, data), expected)
-        for macrobatch_size in (1, 10, 40, 10_000):
-            if num_rows == 10001 and macrobatch_size * batch_size < 40 and tail == "pad":
+        for macrobatch_size in (1, 10, 40, 2_000):
+            if num_rows == 2001 and macrobatch_size * batch_size < 40 and tail == "pad":
                 continue  # As many macrobatches as with "exact", and no tail to pad.
             outputs = calc.calc_from_host(WEIGHTS, data, macrobatch_size=macrobatch_size)
             assert_close(outputs, expected)

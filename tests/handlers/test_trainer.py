@@ -25,11 +25,12 @@ def fresh_params():
 def train_by_hand(optimizer, epochs, batch_size):
     params = fresh_params()
     opt_state = optimizer.init(params)
+    gradient = jax.jit(jax.value_and_grad(lambda params, batch: errors(params, batch).mean()))
     losses = []
     for _ in range(epochs):
         for start in range(0, len(X), batch_size):
             batch = {"x": X[start : start + batch_size], "y": Y[start : start + batch_size]}
-            loss, grads = jax.value_and_grad(lambda p, b: errors(p, b).mean())(params, batch)
+            loss, grads = gradient(params, batch)
             with jax.numpy_dtype_promotion("standard"):
                 updates, opt_state = optimizer.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)

@@ -458,6 +458,12 @@ def test_rows_that_influence_each_other_are_served_exactly():
     np.testing.assert_allclose(found["y"], centred(PARAMS, rows(3))["y"], rtol=1e-5, atol=1e-6)
 
 
+def test_an_example_without_rows_is_explained_where_the_model_fails():
+    with pytest.raises(TypeError) as caught:
+        make(lambda w, x: x @ w, PARAMS["w"], rows(2)["x"][0])
+    assert "example[None]" in caught.value.__notes__[-1]
+
+
 def test_parameters_given_as_numpy_arrays_may_be_changed_later():
     own = jax.tree.map(np.copy, PARAMS)
     infer = make(params=own)
@@ -491,7 +497,9 @@ def test_frozen_parameters_give_the_same_and_cannot_be_exchanged():
         ({"fn": 3}, TypeError, "apply_fn: saw an int"),
         ({"policy": "exact"}, TypeError, r"jh\.policies\.exact\(\)"),
         ({"max_plans": 0}, ValueError, "max_plans"),
-        ({"preload": (0,)}, ValueError, "sizes"),
+        ({"preload": (0,)}, ValueError, "preload: saw 0"),
+        ({"preload": 8}, TypeError, "Write a tuple"),
+        ({"preload": "observed"}, TypeError, "preload: saw 'observed'"),
         ({"row_axis": 2}, ValueError, "rows on axis 2"),
         ({"row_axis": (0, 1)}, ValueError, r"apply_fn\(\.\.\.\)\['top'\]\[0\]"),
         ({"fn": lambda _, inputs: inputs["x"].sum()}, ValueError, "Return a row for each row"),

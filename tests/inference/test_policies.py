@@ -100,7 +100,7 @@ def test_json_of_no_policy_is_refused(spec):
         (lambda: jh.policies.multiples(8, 4), ValueError, "Use 8"),
         (lambda: jh.policies.buckets(()), ValueError, "at least one"),
         (lambda: jh.policies.buckets((4, 0)), ValueError, "at least 1"),
-        (lambda: jh.policies.buckets(4), TypeError, "whole numbers"),
+        (lambda: jh.policies.buckets(4), TypeError, "Write a tuple"),
         (lambda: jh.policies.fixed((2.0,)), TypeError, "whole number"),
         (lambda: jh.policies.adaptive(0), ValueError, "at least 1"),
     ],

@@ -74,6 +74,11 @@ def test_a_missing_input_is_named():
         check({"x": np.ones((4, 3), np.float32)})
 
 
+def test_a_list_of_rows_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"a list of 2, .*np\.stack"):
+        check([inputs(1), inputs(1)])
+
+
 def test_traced_rows_are_refused_with_the_remedy():
     with pytest.raises(TypeError, match=r"infer\.apply_fn"):
         jax.jit(lambda x: check(inputs(4, x=x)))(np.ones((4, 3), np.float32))

@@ -1,0 +1,198 @@
+"""`jh.fast_conv(fn, members=False)`: which convolutions of one model change, and what they give."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxhandler as jh
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="left as they are elsewhere")
+
+LAYOUTS = {1: ("NHC", "HIO", "NHC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NHWDC", "HWDIO", "NHWDC")}
+
+
+def convolve(x, kernel, padding="SAME", **options):
+    rank = x.ndim - 2
+    options = {"window_strides": (1,) * rank, "dimension_numbers": LAYOUTS[rank], **options}
+    return lax.conv_general_dilated(x, kernel, padding=padding, **options)
+
+
+def form(x, kernel, **options) -> str:
+    fn = jh.fast_conv(lambda *args: convolve(*args, **options), members=False)
+    text = str(jax.make_jaxpr(fn)(x, kernel))
+    [found] = set(re.findall(r"conv_general_dilated\[|dot_general|cond", text))
+    return {"cond": "sum", "dot_general": "product"}.get(found, "native")
+
+
+def spec(*shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+@pytest.fixture
+def x():
+    return normal(0, 2, 6, 5, 2)
+
+
+@pytest.fixture
+def kernel():
+    return normal(1, 3, 2, 2, 3)
+
+
+fast = jh.fast_conv(convolve, members=False)
+
+
+def derivatives(fn):
+    """A jitted function that gives what `fn` gives, its gradients and theirs."""
+
+    def loss(*args):
+        return jnp.sum(jnp.sin(fn(*args)))
+
+    def of_gradients(*args):
+        return sum(jnp.sum(jnp.cos(each)) for each in jax.grad(loss, (0, 1))(*args))
+
+    def both(*args):
+        return fn(*args), jax.grad(loss, (0, 1))(*args), jax.grad(of_gradients, (0, 1))(*args)
+
+    return jax.jit(both)
+
+
+def assert_close(actual, expected):
+    actual, expected = jax.device_get((actual, expected))
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype
+        scale = 1 + np.abs(other).max()
+        np.testing.assert_allclose(one / scale, other / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "used", "options"),
+    [
+        (((2, 9, 2), (4, 2, 3)), "sum", {"window_strides": (2,), "padding": [(2, -1)]}),
+        (((2, 7, 6, 1), (3, 2, 1, 4)), "sum", {"rhs_dilation": (2, 3), "padding": "VALID"}),
+        (
+            ((2, 3, 5, 6), (2, 3, 2, 2)),
+            "sum",
+            {"dimension_numbers": ("NCHW", "OIHW", "NCHW"), "window_strides": (1, 2)},
+        ),
+        (
+            ((5, 2, 6, 2), (2, 3, 2, 3)),
+            "sum",
+            {"dimension_numbers": ("HNWC", "IHWO", "NHCW"), "padding": [(0, 1), (1, 0)]},
+        ),
+        (((2, 4, 3, 4, 1), (2, 2, 2, 1, 2)), "sum", {}),
+        (((2, 4, 4, 4), (3, 3, 2, 4)), "product", {"feature_group_count": 2}),
+        (
+            ((2, 4, 4, 3), (3, 2, 3, 2)),
+            "product",
+            {"lhs_dilation": (2, 1), "padding": [(1, 2)] * 2},
+        ),
+        (((2, 5, 5, 6), (3, 3, 6, 2)), "product", {}),
+    ],
+    ids=["1-d", "holes", "NCHW", "odd order", "3-d", "groups", "transposed", "deep"],
+)
+def test_values_and_two_derivatives_are_those_of_the_convolution(shapes, used, options):
+    args = normal(0, *shapes[0]), normal(1, *shapes[1])
+    assert form(*args, **options) == used
+    native = lambda *args: convolve(*args, **options)  # noqa: E731
+    assert_close(
+        derivatives(jh.fast_conv(native, members=False))(*args), derivatives(native)(*args)
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "inputs", "outputs", "window", "used"),
+    [
+        (28, 1, 6, 5, "sum"),
+        (28, 1, 32, 3, "native"),
+        (32, 3, 16, 3, "sum"),
+        (64, 3, 32, 3, "sum"),
+        (12, 6, 16, 5, "product"),
+        (32, 3, 6, 5, "product"),
+        (84, 4, 32, 3, "native"),
+        (32, 3, 64, 3, "native"),
+        (14, 16, 32, 3, "native"),
+        (16, 8, 16, 3, "native"),
+        (84, 4, 16, 8, "native"),
+        (28, 3, 16, 1, "native"),
+    ],
+)
+def test_the_form_is_the_one_that_was_measured_to_pay(width, inputs, outputs, window, used):
+    kernel = spec(window, window, inputs, outputs)
+    assert form(spec(32, width, width, inputs), kernel) == used
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "dtype"),
+    [
+        (4, {"batch_group_count": 2}, "float32"),
+        (0, {}, "float32"),
+        (2, {}, "int32"),
+        (2, {}, "float16"),
+        (2, {"preferred_element_type": "float32"}, "bfloat16"),
+    ],
+    ids=["groups of rows", "no rows", "whole numbers", "half precision", "widened"],
+)
+def test_only_plain_convolutions_of_floats_of_full_precision_change(rows, options, dtype):
+    shapes = spec(rows, 6, 6, 2, dtype=dtype), spec(3, 3, 2, 4, dtype=dtype)
+    assert form(*shapes, **options) == "native"
+
+
+def test_nothing_changes_where_nothing_was_measured(monkeypatch, x, kernel):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert form(x, kernel) == "native"
+
+
+def test_only_what_is_differentiated_is_a_product(x, kernel):
+    def text(fn):
+        return str(jax.make_jaxpr(fn)(x, kernel))
+
+    loss = lambda *args: jnp.sum(fast(*args) ** 2)  # noqa: E731
+    by_kernel = text(jax.grad(loss, 1))
+    assert "cond" not in by_kernel
+    # The value and the gradient; none for the rows, by which nothing is differentiated.
+    assert by_kernel.count("dot_general") == 2
+    assert text(jax.grad(loss, (0, 1))).count("dot_general") == 3
+    assert "dot_general" not in text(loss)
+
+
+def test_a_sum_is_not_run_again_by_each_that_uses_it(x, kernel):
+    def twice(x, kernel):
+        y = fast(x, kernel)
+        return y[:, 1:] + y[:, :-1], jnp.cumsum(y, 2)
+
+    assert " conditional(" in jax.jit(twice).lower(x, kernel).compile().as_text()
+
+
+def test_float64_is_exact(x, kernel):
+    with jax.enable_x64(True):
+        x, kernel = x.astype("float64"), kernel.astype("float64")
+        found, expected = jax.jit(fast)(x, kernel), jax.jit(convolve)(x, kernel)
+        assert found.dtype == "float64"
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_is_exported_for_any_number_of_rows(x, kernel):
+    [rows] = jax.export.symbolic_shape("rows")
+    exported = jax.export.export(jax.jit(fast))(spec(rows, *x.shape[1:]), spec(*kernel.shape))
+    assert "stablehlo.convolution" not in exported.mlir_module()
+    for each in (x, x[:1]):
+        assert_close(exported.call(each, kernel), convolve(each, kernel))
+
+
+def test_members_are_right_too(x, kernel):
+    kernels = np.stack([kernel, 2 * kernel])
+
+    def values_and_gradients(fn):
+        loss = lambda *args: jnp.sum(jnp.sin(fn(*args)))  # noqa: E731
+        one = lambda *args: (fn(*args), jax.grad(loss, (0, 1))(*args))  # noqa: E731
+        return jax.jit(jax.vmap(one, in_axes=(None, 0)))
+
+    assert_close(values_and_gradients(fast)(x, kernels), values_and_gradients(convolve)(x, kernels))
