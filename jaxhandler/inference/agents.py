@@ -41,7 +41,8 @@ class Agents:
     def __init__(self, layers: Layers, max_plans: int | None = None, params: Any = ()) -> None:
         self.layers = layers
         self._sharding = _beside(params)
-        self._lock = threading.Lock()
+        # Reentrant: a garbage collection while it is held may end in `end`.
+        self._lock = threading.RLock()
         self._plans = PlanCache(max_plans)
         self._slots: dict[Hashable, int] = {}
         # Began, and nothing of their own stored yet: what lies in their slot is not theirs.
@@ -129,7 +130,8 @@ class Agents:
         """
         if not num_rows:
             return self.layers.outputs.empty()
-        if not engine.background:
+        most, needed = engine.plans.max_plans, {b for _, b in engine.policy.parts(num_rows)}
+        if not engine.background and (most is None or len(needed) <= most):
             # Not under the lock: others go on meanwhile.
             self.preload(engine, (num_rows,))
         with self._lock:
@@ -151,6 +153,11 @@ class Agents:
         for size in sizes:
             for part in engine.policy.parts(size):
                 self.plans(part.bucket, engine.sealed)
+
+    def missing(self, engine: Engine, num_rows: int) -> int:
+        """Returns how many plans of the layers a request of `num_rows` has to compile."""
+        needed = {part.bucket for part in engine.policy.parts(num_rows)}
+        return sum((bucket, self._capacity) not in self._plans for bucket in needed)
 
     def plans(self, bucket: int, sealed: bool = False) -> tuple[Any, Any]:
         """Returns the plans that fill and keep for `bucket` rows, compiled where nobody has.

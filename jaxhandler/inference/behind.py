@@ -50,7 +50,8 @@ class Behind:
         while True:
             with self._lock:
                 bucket = next(iter(self._waiting), None)
-                if bucket is None:
+                # Where Python ends, nobody is to be served any more.
+                if bucket is None or not threading.main_thread().is_alive():
                     self._thread = None
                     return
             failed = True

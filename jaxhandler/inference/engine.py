@@ -17,6 +17,7 @@ from jaxhandler.errors import SealedError, explain
 from jaxhandler.inference.behind import Behind
 from jaxhandler.inference.buckets import Observed
 from jaxhandler.inference.costs import Costs
+from jaxhandler.inference.parameters import type_of
 from jaxhandler.inference.policies import Part, Policy
 from jaxhandler.inference.rows import Rows, pad, traced_outputs, trim
 from jaxhandler.inference.stats import InfererStats
@@ -86,7 +87,8 @@ class Engine:
         self.background, self.max_plans = background, max_plans
         self.outputs = traced_outputs(apply_fn, params, inputs, out_axis)
         self.frozen = tuple(leaves) if freeze else None
-        self._given = () if freeze else tuple(leaves)
+        # Types: parameters exchanged by `with_params` are not to be held here.
+        self._given = () if freeze else tuple(map(type_of, leaves))
         bounds = [bound for bound in (max_plans, policy.max_plans) if bound is not None]
         self.plans = PlanCache(min(bounds, default=None))
         # A cache counts what is being built as held, but cannot drop it.
@@ -103,16 +105,12 @@ class Engine:
         self._timed, self._next_look = 0, _FIRST_LOOK
         self.sealed = False
         self.compile_fn: Callable[..., Any] | None = None
-        self._behind = Behind(self._settle)
+        # Weakly: the device's memory is to be free as soon as nobody holds the inferer.
+        settle = weakref.WeakMethod(self._settle)
+        self._behind = Behind(lambda bucket: (alive := settle()) and alive(bucket))
         self._companions: list[weakref.WeakMethod[Callable[[int], Any]]] = []
 
-    def run(
-        self,
-        params: tuple[Any, ...],
-        inputs: list[Any],
-        *,
-        device: bool = False,
-    ) -> list[Any]:
+    def run(self, params: tuple[Any, ...], inputs: list[Any], device: bool = False) -> list[Any]:
         """Computes the outputs of rows.
 
         Args:
@@ -182,47 +180,38 @@ class Engine:
         Raises:
             SealedError: If a plan is missing and none may be compiled.
         """
-        wanted = parts = self.policy.parts(num_rows) if num_rows else ()
+        policy = self.policy
+        wanted = parts = policy.parts(num_rows) if num_rows else ()
         if self.background:
             parts = self._served_now(parts)
-        plans = [self.plan(part.bucket) for part in parts]
-        begin, start, found = time.perf_counter(), 0, []
-        for (rows, bucket), plan in zip(parts, plans, strict=True):
-            stop = start + rows
+        begin, start, found, waited = 0.0, 0, [], True
+        for rows, bucket in parts:
+            stop, plan = start + rows, self.plan(bucket)
+            begin = time.perf_counter()
             args = [self.inputs.cut(leaf, start, stop, num_rows, bucket) for leaf in leaves]
             if hidden is not None:
                 hidden.fill(args, start, stop, bucket)
             outputs = plan(*params, *args)
+            # Not alive while the next one is compiled, beyond `max_plans`.
+            del plan
             if hidden is not None:
                 outputs = hidden.keep(outputs, start, stop, bucket)
             found.append(outputs)
             start = stop
         if device and len(parts) == 1 and parts[0].rows == parts[0].bucket:
-            _wait_for(found[0], leaves)
+            waited = _wait_for(found[0], leaves)
             joined = list(found[0])
         else:
-            joined = self._joined(found, parts)
-        if len(parts) == 1:
+            joined = self.outputs.joined(found, parts)
+        if len(parts) == 1 and waited:
             self.costs.called(parts[0].bucket, time.perf_counter() - begin)
         with self._lock:
             self._sizes[num_rows] += 1
             self._padded += sum(part.bucket for part in parts) - num_rows
-            if len(parts) == 1 and parts == wanted and hidden is None:
+            if len(parts) == 1 and parts == wanted and hidden is None and policy is self.policy:
                 self._remember(leaves, parts[0])
         self._look()
         return joined
-
-    def _joined(self, found: Sequence[Sequence[Any]], parts: Sequence[Part]) -> list[np.ndarray]:
-        if not parts:
-            return self.outputs.empty()
-        axis = self.outputs.axis
-        cut = [
-            [trim(output, part.rows, axis) for output in outputs]
-            for outputs, part in zip(found, parts, strict=True)
-        ]
-        if len(cut) == 1:
-            return cut[0]
-        return [np.concatenate(pieces, axis=axis) for pieces in zip(*cut, strict=True)]
 
     def _remember(self, leaves: list[Any], part: Part) -> None:
         """Lets the next call with arrays of these shapes find its plan at once."""
@@ -248,16 +237,30 @@ class Engine:
     def preload(self, sizes: Iterable[int]) -> None:
         """Compiles the plans that requests of these sizes will need, several at a time."""
         wanted = {part.bucket for size in sizes for part in self.policy.parts(size)}
+        most = self.plans.max_plans
+        if most is not None and len(wanted) > most:
+            seen, fix = f"sizes that need {len(wanted)} plans", "Preload fewer, or raise max_plans."
+            raise ValueError(explain("sizes", seen=seen, expected=f"at most {most}", fix=fix))
         missing = [bucket for bucket in sorted(wanted) if bucket not in self.plans]
         if not missing:
             return
         with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
-            list(pool.map(self.plan, missing))
+            # What `plan` gives would be held here, beyond `max_plans`.
+            list(pool.map(lambda bucket: self.plan(bucket) and None, missing))
 
     def seal(self) -> None:
         """From now on compiles nothing; waits for what is being compiled."""
-        self.sealed = True
+        standing = self.plans.keys()
+        for bucket in standing:
+            self._settle(bucket)
+        with self._lock:
+            self.sealed = True
         self.wait()
+        held, learn = frozenset(self.plans.keys()), self.policy.learn
+        if learn is not None and held:
+            # Buckets that were chosen and never asked for yet would refuse what was served before.
+            with self._lock:
+                self.policy, self._known = learn(Observed({}, {}, 0.0, held)), {}
 
     def wait(self) -> None:
         """Waits until no plan is being compiled in the background."""
@@ -313,11 +316,13 @@ class Engine:
 
     def _compile(self, bucket: int) -> Any:
         structure, count, frozen = self._structure, len(self._given), self.frozen
-        apply_fn, inputs = self.apply_fn, self.inputs.structure
+        apply_fn, inputs, form = self.apply_fn, self.inputs.structure, self.outputs
 
         def fn(*flat: Any) -> tuple[Any, ...]:
             params = structure.unflatten(flat[:count] if frozen is None else frozen)
-            return tuple(jax.tree.leaves(apply_fn(params, inputs.unflatten(flat[count:]))))
+            outputs = apply_fn(params, inputs.unflatten(flat[count:]))
+            form.check_types(outputs, bucket)
+            return tuple(jax.tree.leaves(outputs))
 
         args = (*self._given, *self.inputs.types(bucket))
         with self._slots:
@@ -352,8 +357,10 @@ class Engine:
         sizes = {size: count for size, count in stats.sizes.items() if size}
         one = self.costs.compile_seconds()
         compiled = frozenset(self.plans.keys())
-        self.policy = learn(Observed(sizes, self.costs.measured(), one, compiled))
-        self._known = {}
+        learnt = learn(Observed(sizes, self.costs.measured(), one, compiled))
+        with self._lock:
+            if not self.sealed:
+                self.policy, self._known = learnt, {}
 
     def _served_now(self, parts: Sequence[Part]) -> Sequence[Part]:
         """Replaces buckets without a plan by the next larger ones that have one."""

@@ -12,7 +12,7 @@ from jaxhandler.inference.agents import Agents, as_agents
 from jaxhandler.inference.engine import Engine
 from jaxhandler.inference.layers import Layer, Layers, check_same_form
 from jaxhandler.inference.named import check_row, join_rows, refuse_hidden, split_rows
-from jaxhandler.inference.parameters import check_like, on_device
+from jaxhandler.inference.parameters import beside, check_like, on_device
 from jaxhandler.inference.policies import Policy
 from jaxhandler.inference.stats import InfererStats
 
@@ -241,7 +241,9 @@ class MemoizingInferer:
             TypeError: If `num_rows` is not a whole number.
             ValueError: If it is below one.
         """
-        return self.engine.predict(check_count("num_rows", num_rows))
+        seconds = self.engine.predict(check_count("num_rows", num_rows))
+        more = 0 if self.agents is None else self.agents.missing(self.engine, num_rows)
+        return seconds + more * self.engine.costs.compile_seconds()
 
     def seal(self) -> None:
         """From now on refuses to compile: a request that needs it raises `SealedError`.
@@ -284,7 +286,7 @@ class MemoizingInferer:
             raise ValueError(text)
         new = on_device(params)
         check_like(new, self.params)
-        return MemoizingInferer(self.engine, new, self.agents)
+        return MemoizingInferer(self.engine, beside(new, self.params), self.agents)
 
     def replace_model(self, new: "MemoizingInferer") -> "MemoizingInferer":
         """Makes an inferer of another model under this one's wrappers; agents keep their states.
@@ -317,8 +319,6 @@ class MemoizingInferer:
     def with_layer(self, layer: Layer) -> "MemoizingInferer":
         """Makes an inferer with one more layer, which shares the plans and begins without agents.
 
-        `jh.with_epsilon` and `jh.recurrent` add theirs by it.
-
         Args:
             layer: Which inputs to fill and which outputs to keep, and how.
 
@@ -339,8 +339,8 @@ class MemoizingInferer:
 
         A folder: the model as StableHLO for any number of rows, on cpu, cuda and tpu (or those it
         can be lowered for), parameters in the safetensors format, and a manifest with names, types,
-        policy, observed sizes and the SHA-256 of every file. A save that is killed leaves the
-        artifact that was there or the new one. Under wrappers, it is the model that is written.
+        sizes seen and the SHA-256 of every file. Killed, a save leaves the artifact that was there
+        or the new one. Of an inferer with wrappers, it is the model under them.
 
         Args:
             directory: The folder; an artifact that lies there is replaced.

@@ -83,6 +83,17 @@ def load_inferer(
     identity = (found.digest, found.params_digest if frozen else None)
     infer.engine.compile_fn = store.compile_fn(identity)
     if isinstance(preload, str):
-        preload = sorted(int(size) for size in settings["sizes"] if int(size))
+        preload = _most_seen(infer, {int(size): n for size, n in settings["sizes"].items()})
     infer.preload(preload)
     return infer
+
+
+def _most_seen(infer: MemoizingInferer, seen: dict[int, int]) -> list[int]:
+    """The sizes that were asked for most, as many as there may be plans for."""
+    most, wanted, chosen = infer.engine.plans.max_plans, set[int](), []
+    for size in sorted(seen.keys() - {0}, key=seen.__getitem__, reverse=True):
+        more = wanted | {part.bucket for part in infer.policy.parts(size)}
+        if most is None or len(more) <= most:
+            wanted = more
+            chosen.append(size)
+    return chosen

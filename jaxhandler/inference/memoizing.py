@@ -35,6 +35,7 @@ def memoizing_inferer(
         apply_fn: `apply_fn(params, inputs)`, pure, `inputs` a tree of rows `[B, ...]`; gives a tree
             of rows `[B, ...]`.
         params: The parameters, any tree. They lie on the device once, whatever the number of plans.
+            JAX arrays are held as they are: do not donate them elsewhere.
         example: Inputs of any number of rows, arrays or `jax.ShapeDtypeStruct`s; only types count.
         preload: Numbers of rows whose plans are compiled now.
         policy: Which buckets there are, one of `jh.policies`; None is `jh.policies.exact()`.
@@ -78,7 +79,11 @@ def memoizing_inferer(
     sizes = check_counts("preload", preload)
     if max_plans is not None:
         check_count("max_plans", max_plans)
-    in_axis, out_axis = row_axis if isinstance(row_axis, tuple) else (row_axis, row_axis)
+    axes = row_axis if isinstance(row_axis, tuple) else (row_axis, row_axis)
+    if len(axes) != 2:
+        expected = "one axis, or those of inputs and outputs"
+        raise ValueError(explain("row_axis", seen=repr(row_axis), expected=expected))
+    in_axis, out_axis = axes
     check_count("row_axis", in_axis, least=0)
     check_count("row_axis", out_axis, least=0)
     held = on_device(params)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler.data.dtypes import check_dtype
-from jaxhandler.errors import explain
+from jaxhandler.errors import a_type, explain
 from jaxhandler.trees import leaves_with_paths
 
-__all__ = ["check_like", "on_device"]
+__all__ = ["beside", "check_like", "on_device", "type_of"]
 
 
 def on_device(params: Any) -> Any:
@@ -37,7 +37,13 @@ def on_device(params: Any) -> Any:
             check_dtype(f"params{jax.tree_util.keystr(path)}", leaf)
             # Without jnp, which would compile a conversion for every shape.
             return jax.device_put(np.array(leaf))
-        return jnp.asarray(leaf)
+        try:
+            return jnp.asarray(leaf)
+        except TypeError as error:
+            name, fix = f"params{jax.tree_util.keystr(path)}", "Close over it in apply_fn."
+            expected = "an array or a number"
+            text = explain(name, seen=a_type(leaf), expected=expected, fix=fix)
+            raise TypeError(text) from error
 
     return jax.tree_util.tree_map_with_path(put, params)
 
@@ -69,3 +75,18 @@ def check_like(params: Any, expected: Any) -> None:
             if seen != wanted:
                 text = explain("params", path=path, seen=f"{kind} {seen}", expected=str(wanted))
                 raise error(text)
+
+
+def beside(params: Any, others: Any) -> Any:
+    """Returns parameters on the devices of others: plans take no others, or copy in each call."""
+
+    def move(leaf: jax.Array, other: jax.Array) -> jax.Array:
+        return leaf if leaf.sharding == other.sharding else jax.device_put(leaf, other.sharding)
+
+    return jax.tree.map(move, params, others)
+
+
+def type_of(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    """Returns what a plan is compiled for in place of an array, which is not held by it."""
+    weak, there = getattr(leaf, "weak_type", False), leaf.sharding if leaf.committed else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak, sharding=there)

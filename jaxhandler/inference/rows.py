@@ -97,6 +97,19 @@ class Rows:
             for head, tail, dtype in self._forms
         ]
 
+    def check_types(self, outputs: Any, num_rows: int) -> None:
+        """Refuses outputs of `num_rows` rows that look otherwise than those of 2 and 3 did."""
+        leaves, structure = jax.tree.flatten(outputs)
+        if structure != self.structure:
+            seen, expected = f"{structure} for {num_rows} rows", str(self.structure)
+            raise ValueError(explain("apply_fn(...)", seen=seen, expected=expected))
+        for name, leaf, kind in zip(self.names, leaves, self.types(num_rows), strict=True):
+            if leaf.shape != kind.shape:
+                seen, expected = f"shape {list(leaf.shape)}", f"{list(kind.shape)}"
+                fix = "Return a row for each row: no squeeze() without an axis."
+                name = f"apply_fn(...){name} for {num_rows} rows"
+                raise ValueError(explain(name, seen=seen, expected=expected, fix=fix))
+
     def empty(self, num_rows: int = 0) -> list[np.ndarray]:
         """Returns uninitialised leaves of `num_rows` rows."""
         return [np.empty(kind.shape, kind.dtype) for kind in self.types(num_rows)]
@@ -150,6 +163,20 @@ class Rows:
             return leaf
         part = np.asarray(leaf)[(slice(None),) * self.axis + (slice(start, stop),)]
         return part if stop - start == bucket else pad(part, bucket, self.axis)
+
+    def joined(
+        self, found: Sequence[Sequence[Any]], parts: Sequence[tuple[int, int]]
+    ) -> list[np.ndarray]:
+        """Returns the leaves of parts `(rows, bucket)` as one, their added rows trimmed."""
+        if not parts:
+            return self.empty()
+        cut = [
+            [trim(leaf, rows, self.axis) for leaf in leaves]
+            for leaves, (rows, _) in zip(found, parts, strict=True)
+        ]
+        if len(cut) == 1:
+            return cut[0]
+        return [np.concatenate(pieces, axis=self.axis) for pieces in zip(*cut, strict=True)]
 
     def _array(self, number: int, leaf: Any) -> Any:
         """A leaf that is no NumPy array of the right dtype, as one that can be computed with."""

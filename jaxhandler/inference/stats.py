@@ -10,7 +10,7 @@ class InfererStats(NamedTuple):
 
     Attributes:
         hits: Calls of plans that were there.
-        misses: Calls whose plan had to be compiled, or waited for.
+        misses: Plans looked for, in calls or by `preload`, that had to be compiled or waited for.
         compiles: Plans compiled.
         compile_seconds: Seconds spent compiling, traces included.
         rows: Rows asked for.

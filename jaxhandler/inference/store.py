@@ -175,7 +175,7 @@ def _compile(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 def _only_device(args: tuple[Any, ...]) -> Any:
     """The device on which plans of `args` run, or None where that is not the default one."""
     default = jax.device_put(np.int32(0)).devices()
-    lie_on = [arg.devices() for arg in args if isinstance(arg, jax.Array)]
+    lie_on = [arg.sharding.device_set for arg in args if arg.sharding is not None]
     return next(iter(default)) if all(devices == default for devices in lie_on) else None
 
 

@@ -1,8 +1,10 @@
 """The inferer: right for any number of rows, few compiles, bounded, sealed, shared by threads."""
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 import jaxhandler as jh
+from jaxhandler.inference.buckets import Observed
 
 TIMEOUT = 60
 
@@ -226,6 +229,26 @@ print(infer.stats().evictions)
     assert int(done.stdout) >= 7
 
 
+def test_parts_of_a_request_hold_no_more_plans_than_may_live():
+    infer = make(policy=jh.policies.fixed((8, 4, 1)), max_plans=1)
+    plans = []
+    compile_fn = infer.engine._compile
+    infer.engine._compile = lambda bucket: kept(compile_fn(bucket))
+
+    def kept(plan):
+        assert sum(alive() is not None for alive in plans) == 0
+        plans.append(weakref.ref(plan))
+        return plan
+
+    assert_right(infer(rows(13)), 13)
+    assert len(plans) == 3
+
+
+def test_more_sizes_than_plans_may_live_are_not_preloaded():
+    with pytest.raises(ValueError, match="need 3 plans, expected at most 2"):
+        make(preload=(1, 2, 4), max_plans=2)
+
+
 def test_the_plan_unused_for_longest_goes_first():
     infer = make(max_plans=2)
     for size in (1, 2, 1, 3, 1):
@@ -258,6 +281,15 @@ def test_a_sealed_inferer_serves_what_it_has_and_refuses_to_compile():
         infer.preload((4,))
     assert infer.with_params(PARAMS)(rows(2))["y"].shape == (2, 4)
     assert infer.stats().compiles == 1
+
+
+def test_sealing_a_policy_that_learns_keeps_what_it_has_served():
+    infer = make(policy=jh.policies.adaptive(4))
+    assert_right(infer(rows(5)), 5)
+    infer.engine.policy = infer.policy.learn(Observed({5: 9}, {8: 1.0}, 0.0, frozenset()))
+    assert infer.policy.sizes == (5,)
+    infer.seal()
+    assert_right(infer(rows(5)), 5)
 
 
 # In the background.
@@ -439,6 +471,37 @@ def test_seconds_are_predicted_from_calls_and_compiles():
     assert infer.predict_seconds(8) > infer.engine.costs.compile_seconds() > 0
 
 
+# What it holds.
+
+
+def test_an_inferer_that_nobody_holds_frees_its_plans_at_once():
+    infer = make(preload=(2,))
+    plan = weakref.ref(infer.engine.plan(2))
+    gc.disable()
+    try:
+        del infer
+        assert plan() is None
+    finally:
+        gc.enable()
+
+
+def test_parameters_that_were_exchanged_are_not_held():
+    first = jax.tree.map(jnp.asarray, PARAMS)
+    alive = weakref.ref(first["w"])
+    infer = make(params=first, preload=(2,)).with_params(PARAMS)
+    del first
+    gc.collect()
+    assert alive() is None
+    assert_right(infer(rows(2)), 2)
+
+
+def test_new_parameters_lie_where_the_old_ones_did():
+    there = jax.devices()[1]
+    infer = make(params=jax.device_put(PARAMS, there)).with_params(PARAMS)
+    assert infer.params["w"].devices() == {there}
+    assert_right(infer(rows(2)), 2)
+
+
 # What is refused.
 
 
@@ -456,6 +519,13 @@ def test_rows_that_influence_each_other_are_refused_where_asked(settings):
 def test_rows_that_influence_each_other_are_served_exactly():
     found = make(centred, check_rows=True)(rows(3))
     np.testing.assert_allclose(found["y"], centred(PARAMS, rows(3))["y"], rtol=1e-5, atol=1e-6)
+
+
+def test_outputs_of_another_shape_for_other_numbers_of_rows_are_refused():
+    infer = make(lambda _, inputs: inputs["x"].squeeze())
+    assert infer(rows(4)).shape == (4, 3)
+    with pytest.raises(ValueError, match=r"for 1 rows: saw shape \[3\], expected \[1, 3\]"):
+        infer(rows(1))
 
 
 def test_an_example_without_rows_is_explained_where_the_model_fails():
@@ -502,6 +572,8 @@ def test_frozen_parameters_give_the_same_and_cannot_be_exchanged():
         ({"preload": "observed"}, TypeError, "preload: saw 'observed'"),
         ({"row_axis": 2}, ValueError, "rows on axis 2"),
         ({"row_axis": (0, 1)}, ValueError, r"apply_fn\(\.\.\.\)\['top'\]\[0\]"),
+        ({"row_axis": (0, 0, 0)}, ValueError, "those of inputs and outputs"),
+        ({"params": {"f": jnp.tanh}}, TypeError, r"params\['f'\]: saw .*Close over it"),
         ({"fn": lambda _, inputs: inputs["x"].sum()}, ValueError, "Return a row for each row"),
         ({"fn": lambda _, inputs: inputs["x"].T}, ValueError, r"shape \[3, 2\] for 2 rows"),
         ({"fn": lambda _, inputs: inputs["x"][:2]}, ValueError, r"rows, \[2, 3\] for 3"),
