@@ -39,7 +39,9 @@ def test_wide_integers_are_narrowed_without_a_word():
 
 
 def test_the_warning_says_what_to_do():
-    with pytest.warns(UserWarning, match='Store it as float32, set jax_enable_x64, or .*"allow"'):
+    with pytest.warns(
+        UserWarning, match='Store it as float32, pass narrowing="allow" .*, or set jax_enable_x64'
+    ):
         check_dtype("data['x']", np.zeros(2))
 
 
