@@ -36,8 +36,15 @@ html_title = "jaxhandler"
 nitpicky = True
 # A type variable, which has no page.
 nitpick_ignore = [("py:class", "jaxhandler.ensembles.ensemble.H")]
-# Their sites are not asked: a build needs no network.
-nitpick_ignore_regex = [("py:.*", r"(collections|flax|jax|jaxlib|numpy|optax|os|typing)\..*")]
+# Their sites are not asked: a build needs no network. And the parts of an inferer have no pages.
+nitpick_ignore_regex = [
+    (
+        "py:.*",
+        r"(asyncio|collections|concurrent|flax|jax|jaxlib|numpy|optax|os|pathlib|typing)\..*",
+    ),
+    ("py:class", r"jaxhandler\.inference\.(agents|buckets|engine|layers|requests)\..*"),
+    ("py:class", r"jaxhandler\.plans\.Held"),
+]
 autodoc_member_order = "bysource"
 maximum_signature_line_length = 80
 python_use_unqualified_type_names = True

@@ -377,22 +377,22 @@ class MemoizingInferer:
 
     @property
     def raw_input_specs(self) -> Any:
-        """The model's inputs: a tree of `jax.ShapeDtypeStruct`, shapes of one row."""
+        """What the model takes, a tree of `jax.ShapeDtypeStruct`, shapes of one row."""
         return self.engine.inputs.tree
 
     @property
     def raw_output_specs(self) -> Any:
-        """The model's outputs: a tree of `jax.ShapeDtypeStruct`, shapes of one row."""
+        """What the model gives, a tree of `jax.ShapeDtypeStruct`, shapes of one row."""
         return self.engine.outputs.tree
 
     @property
     def input_specs(self) -> Any:
-        """What a caller gives: a tree of `jax.ShapeDtypeStruct`, shapes of one row."""
+        """What a caller gives, a tree of `jax.ShapeDtypeStruct`, shapes of one row."""
         return self.inputs.tree
 
     @property
     def output_specs(self) -> Any:
-        """What a caller gets: a tree of `jax.ShapeDtypeStruct`, shapes of one row."""
+        """What a caller gets, a tree of `jax.ShapeDtypeStruct`, shapes of one row."""
         return self.outputs.tree
 
     def __repr__(self) -> str:
