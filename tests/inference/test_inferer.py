@@ -296,7 +296,8 @@ def test_sealing_a_policy_that_learns_keeps_what_it_has_served():
 # In the background.
 
 
-def test_a_larger_plan_serves_while_the_own_one_compiles():
+def waiting_at_five_rows():
+    """The model, which waits while it is traced for five rows; events that say so and end it."""
     going, go_on = threading.Event(), threading.Event()
 
     def slow(params, inputs):
@@ -305,6 +306,11 @@ def test_a_larger_plan_serves_while_the_own_one_compiles():
             assert go_on.wait(TIMEOUT)
         return apply_fn(params, inputs)
 
+    return slow, going, go_on
+
+
+def test_a_larger_plan_serves_while_the_own_one_compiles():
+    slow, going, go_on = waiting_at_five_rows()
     infer = make(slow, preload=(3, 8), background=True)
     assert_right(infer(rows(5)), 5)
     assert going.wait(TIMEOUT)
@@ -341,14 +347,7 @@ def test_a_compile_that_fails_behind_is_tried_once_and_larger_plans_go_on():
 
 
 def test_other_sizes_are_served_while_one_compiles():
-    going, go_on = threading.Event(), threading.Event()
-
-    def slow(params, inputs):
-        if inputs["x"].shape[0] == 5:
-            going.set()
-            assert go_on.wait(TIMEOUT)
-        return apply_fn(params, inputs)
-
+    slow, going, go_on = waiting_at_five_rows()
     infer = make(slow, preload=(3,))
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(infer, rows(5))
