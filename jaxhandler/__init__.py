@@ -1,5 +1,20 @@
 """Run, validate and train JAX models over data that does not fit the accelerator."""
 
+from jaxhandler.assembly import losses as losses
+from jaxhandler.assembly.assemble import TrainingModules as TrainingModules
+from jaxhandler.assembly.assemble import assemble_for_training as assemble_for_training
+from jaxhandler.assembly.assemble import build_loss_modules as build_loss_modules
+from jaxhandler.assembly.assemble import determine_out_in_targ as determine_out_in_targ
+from jaxhandler.assembly.assemble import generate_database_info as generate_database_info
+from jaxhandler.assembly.evaluator import Evaluator as Evaluator
+from jaxhandler.assembly.expressions import Expression as Expression
+from jaxhandler.assembly.expressions import gradient as gradient
+from jaxhandler.assembly.expressions import pred as pred
+from jaxhandler.assembly.expressions import true as true
+from jaxhandler.assembly.model import Model as Model
+from jaxhandler.assembly.model import model as model
+from jaxhandler.data.database import Database as Database
+from jaxhandler.data.opening import database as database
 from jaxhandler.data.sources import Source as Source
 from jaxhandler.data.sources import open_source as open_source
 from jaxhandler.ensembles.batching import BatchedModels as BatchedModels
@@ -76,7 +91,10 @@ __all__ = [
     "BatchedModels",
     "BatcherStats",
     "Calculator",
+    "Database",
     "EarlyStopping",
+    "Evaluator",
+    "Expression",
     "Handler",
     "InfererStats",
     "IsolationError",
@@ -84,6 +102,7 @@ __all__ = [
     "MemoizingInferer",
     "MemoryPlan",
     "MicroBatcher",
+    "Model",
     "NonFiniteError",
     "PlanCache",
     "PlanStats",
@@ -98,13 +117,16 @@ __all__ = [
     "TrainInfo",
     "TrainState",
     "Trainer",
+    "TrainingModules",
     "Validator",
+    "assemble_for_training",
     "batch_accuracy",
     "batch_loss",
     "batch_models",
     "batch_topk",
     "batched",
     "batching_rule",
+    "build_loss_modules",
     "calculator",
     "callbacks",
     "cast",
@@ -112,24 +134,31 @@ __all__ = [
     "check_row_independence",
     "copy_rows",
     "data_size",
+    "database",
+    "determine_out_in_targ",
     "early_stopping",
     "enable_plan_store",
     "ensemble",
     "fast_conv",
     "from_linen",
     "from_nnx",
+    "generate_database_info",
+    "gradient",
     "halve",
     "handler",
     "init_members",
     "load_inferer",
+    "losses",
     "map_data",
     "memoizing_inferer",
     "micro_batcher",
+    "model",
     "noise",
     "num_members",
     "open_source",
     "plan_memory",
     "policies",
+    "pred",
     "recurrent",
     "replicate",
     "runtime",
@@ -137,6 +166,7 @@ __all__ = [
     "stack",
     "take_members",
     "trainer",
+    "true",
     "unstack",
     "validator",
     "with_epsilon",

@@ -8,7 +8,15 @@ import numpy as np
 
 from jaxhandler.errors import check_choice, explain
 
-__all__ = ["SHUFFLES", "Visit", "check_order", "macrobatch_rows", "num_visits", "visits"]
+__all__ = [
+    "SHUFFLES",
+    "Visit",
+    "check_order",
+    "generator_of",
+    "macrobatch_rows",
+    "num_visits",
+    "visits",
+]
 
 SHUFFLES = (None, "blocks", "rows", "global")
 
@@ -112,7 +120,7 @@ def visits(
     keys = [key] if members is None else [jax.random.fold_in(key, i) for i in range(members)]
 
     def drawn(draw: int, rows: int) -> np.ndarray:
-        generators = (_generator(key, epoch, draw) for key in keys)
+        generators = (generator_of(key, epoch, draw) for key in keys)
         orders = [
             generator.integers(rows, size=rows) if resample else generator.permutation(rows)
             for generator in generators
@@ -129,7 +137,7 @@ def visits(
             yield Visit(epoch, position, None, 0, len(order), order, batches, start)
         return
     if shuffle is not None:
-        starts = _generator(key, epoch, 0).permutation(starts)
+        starts = generator_of(key, epoch, 0).permutation(starts)
     before = 0
     for position, start in enumerate(map(int, starts)):
         whole = min(size, num_rows - start)
@@ -141,12 +149,31 @@ def visits(
             order = drawn(block + 1, whole)[:rows]
             batches = tuple((count, None) for count in counts)
         elif shuffle == "blocks":
-            numbers = _generator(key, epoch, block + 1).permutation(len(counts))
+            numbers = generator_of(key, epoch, block + 1).permutation(len(counts))
             batches = tuple((counts[number], int(number)) for number in numbers)
             pieces = [number * batch_size + np.arange(counts[number]) for number in numbers]
             order = np.concatenate(pieces)
         yield Visit(epoch, position, block, start, rows, order, batches, before)
         before += rows
+
+
+def generator_of(key: Any, epoch: int, draw: int) -> np.random.Generator:
+    """Returns what orders are drawn with: NumPy's Philox, the same numbers in every process.
+
+    Args:
+        key: A `jax.random.key`, or its raw data.
+        epoch: Which epoch, 0-based.
+        draw: Which of its draws: 0 is the order of the macrobatches, from 1 on those of the rows
+            inside each.
+
+    Returns:
+        A generator of its own for each of these.
+    """
+    data = (
+        jax.random.key_data(key) if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    )
+    seed = [*np.ravel(np.asarray(data)).tolist(), epoch, draw]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
 
 
 def _visited(num_rows: int, batch_size: int, tail: str) -> int:
@@ -156,12 +183,3 @@ def _visited(num_rows: int, batch_size: int, tail: str) -> int:
 def _cut(rows: int, batch_size: int) -> list[int]:
     full, rest = divmod(rows, batch_size)
     return [batch_size] * full + [rest] * (rest > 0)
-
-
-def _generator(key: Any, epoch: int, draw: int) -> np.random.Generator:
-    """Draw 0 is the order of the macrobatches, draw 1 on those of the rows inside each."""
-    data = (
-        jax.random.key_data(key) if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    )
-    seed = [*np.ravel(np.asarray(data)).tolist(), epoch, draw]
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))

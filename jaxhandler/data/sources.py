@@ -3,8 +3,7 @@
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxhandler.data.columns import array_reader, device_reader, slicing_reader
+from jaxhandler.data.combining import Source, combine
 from jaxhandler.data.dtypes import check_dtype, check_fits, narrow
 from jaxhandler.data.readers.complete import check_complete
 from jaxhandler.data.readers.formats import readers_of
@@ -29,47 +29,6 @@ _MOST_ROWS = np.iinfo(np.int32).max
 # Wide integers are looked through before a run where that takes a fraction of a second.
 _CHECKED = 256 * 2**20
 _PIECE = 16 * 2**20
-
-
-def _nothing_to_check() -> None:
-    """Refuses nothing: the specs say all there is to say about the values."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Rows that can be read, described without reading them; what every format becomes.
-
-    Attributes:
-        num_rows: `N`.
-        specs: A tree of `jax.ShapeDtypeStruct` `[N, ...]`, dtypes as the device will have them.
-        read: `read(start, stop)` gives NumPy arrays `[stop - start, ...]`, in fresh memory.
-        take: `take(indices)` gives scattered rows, `[len(indices), ...]`; None where it cannot.
-        check: Refuses values that do not fit, before any function of the user's sees the rows.
-        borrow: As `read`, without a copy of what lies in memory: right as long as nobody writes
-            there; None where some of it must be read.
-        name: How messages call it.
-
-    Example:
-        >>> source = open_source({"x": np.zeros((5, 2), np.float32)})
-        >>> source.num_rows, source.specs["x"].shape, source.read(3, 5)["x"].shape
-        (5, (5, 2), (2, 2))
-        >>> source
-        Source(5 rows, ['x'] float32[N, 2])
-    """
-
-    num_rows: int
-    specs: Any
-    read: Callable[[int, int], Any]
-    take: Callable[[np.ndarray], Any] | None = None
-    check: Callable[[], None] = _nothing_to_check
-    borrow: Callable[[int, int], Any] | None = None
-    name: str = "data"
-
-    def __repr__(self) -> str:
-        describe = lambda spec: f"{spec.dtype}[{', '.join(map(str, ('N', *spec.shape[1:])))}]"  # noqa: E731
-        leaves = leaves_with_paths(self.specs)
-        columns = ", ".join(f"{path} {describe(spec)}".strip() for path, spec in leaves)
-        return f"Source({self.num_rows:,} rows, {columns})"
 
 
 class _Policy(NamedTuple):
@@ -168,7 +127,7 @@ def open_source(
         return data
     check_choice("missing_chunks", missing_chunks, ("raise", "fill"))
     policy = _Policy(narrowing, missing_chunks)
-    return _combine(data, argument, lambda name, leaf: _open_leaf(name, leaf, policy))
+    return combine(data, argument, lambda name, leaf: _open_leaf(name, leaf, policy))
 
 
 def resident_source(data: Any, *, argument: str = "data") -> Source:
@@ -189,63 +148,7 @@ def resident_source(data: Any, *, argument: str = "data") -> Source:
         ValueError: If leaves disagree about `N`.
         OverflowError: If a 64-bit integer does not fit.
     """
-    return _combine(data, argument, _open_resident)
-
-
-def _combine(data: Any, argument: str, open_leaf: Callable[[str, Any], Source]) -> Source:
-    data = _expand(data)
-    leaves = leaves_with_paths(data, _is_leaf)
-    structure = jax.tree.structure(data, is_leaf=_is_leaf)
-    if any(isinstance(leaf, int | float | complex) for _, leaf in leaves):
-        row = jax.ShapeDtypeStruct((1,), np.float32)
-        numbers = lambda x: x if isinstance(x, int | float | complex) else row  # noqa: E731
-        data_size(jax.tree.map(numbers, data, is_leaf=_is_leaf), argument=argument)
-    parts = [open_leaf(f"{argument}{path}", leaf) for path, leaf in leaves]
-    if structure == jax.tree.structure(0):
-        return parts[0]
-    specs = structure.unflatten([part.specs for part in parts])
-    num_rows = data_size(specs, argument=argument)
-
-    def read(start: int, stop: int) -> Any:
-        return structure.unflatten([part.read(start, stop) for part in parts])
-
-    def take(indices: np.ndarray) -> Any:
-        return structure.unflatten([part.take(indices) for part in parts if part.take])
-
-    def borrow(start: int, stop: int) -> Any:
-        return structure.unflatten([part.borrow(start, stop) for part in parts if part.borrow])
-
-    def check() -> None:
-        for part in parts:
-            part.check()
-
-    scattered = all(part.take is not None for part in parts)
-    lent = all(part.borrow is not None for part in parts)
-    return Source(
-        num_rows,
-        specs,
-        read,
-        take if scattered else None,
-        check,
-        borrow if lent else None,
-        argument,
-    )
-
-
-def _is_leaf(data: Any) -> bool:
-    return isinstance(data, Source) or is_spec(data)
-
-
-def _expand(data: Any) -> Any:
-    """Makes dictionaries of mappings that JAX does not know: HDF5 and Zarr groups, npz files."""
-
-    def expand(leaf: Any) -> Any:
-        named = hasattr(leaf, "keys") and not hasattr(leaf, "shape")  # A Zarr group is no Mapping.
-        if not is_spec(leaf) and (isinstance(leaf, Mapping) or named):
-            return {name: _expand(leaf[name]) for name in leaf.keys()}  # noqa: SIM118
-        return leaf
-
-    return jax.tree.map(expand, data, is_leaf=_is_leaf)
+    return combine(data, argument, _open_resident)
 
 
 def _open_leaf(name: str, leaf: Any, policy: _Policy) -> Source:
@@ -295,7 +198,7 @@ def _open_path(path: Path, policy: _Policy) -> Source:
     def open_leaf(_: str, leaf: Reader | Path) -> Source:
         return _read_by(leaf, policy) if isinstance(leaf, Reader) else _open_path(leaf, policy)
 
-    return _combine(readers, str(path), open_leaf)
+    return combine(readers, str(path), open_leaf)
 
 
 def _read_by(reader: Reader, policy: _Policy) -> Source:
@@ -349,7 +252,24 @@ def _read_by(reader: Reader, policy: _Policy) -> Source:
 
     take_rows = take if reader.take is not None else None
     borrow = reader.read if reader.held is not None and fitting else None
-    return Source(num_rows, specs, read, take_rows, check, borrow, reader.name)
+    choose = reader.columns
+
+    def columns(names: Sequence[str]) -> Source:
+        assert choose is not None
+        # What is narrowed has been warned of when all columns were opened.
+        return _read_by(choose(names), policy._replace(narrowing="allow"))
+
+    return Source(
+        num_rows,
+        specs,
+        read,
+        take_rows,
+        check,
+        borrow,
+        reader.name,
+        columns if choose is not None else None,
+        reader.costly,
+    )
 
 
 def _open_resident(name: str, leaf: Any) -> Source:

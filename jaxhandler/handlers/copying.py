@@ -223,4 +223,6 @@ def _cast(source: Source, dtype: np.dtype) -> Source:
         return cast(source.take(indices), indices)
 
     scattered = None if source.take is None else take
-    return dataclasses.replace(source, specs=specs, read=read, take=scattered, borrow=None)
+    return dataclasses.replace(
+        source, specs=specs, read=read, take=scattered, borrow=None, columns=None
+    )

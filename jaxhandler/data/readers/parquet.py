@@ -1,5 +1,7 @@
 """Parquet files, and folders of them as one table: row groups are decoded as a whole."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,25 +97,33 @@ def parquet_reader(name: str, paths: Sequence[Path]) -> Reader:
     specs = {
         field.name: stored_as(name, field, int(starts[-1]), first_rows) for field in schemas[0]
     }
-    alone = len(specs) == 1
 
-    def decode(numbers: Sequence[int]) -> Iterator[Any]:
-        for block, table in tables(numbers, list(specs)):
+    def decode(numbers: Sequence[int], columns: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+        for block, table in tables(numbers, list(columns)):
             path, first = parts[block.part].path, block.first + block.low
-            arrays = {
-                column: values(f"{path}[{column!r}]", table.column(column), stored, first)
-                for column, stored in specs.items()
+            yield {
+                column: values(f"{path}[{column!r}]", table.column(column), specs[column], first)
+                for column in columns
             }
-            yield next(iter(arrays.values())) if alone else arrays
 
     for number, block in enumerate(blocks):
         if _holds_nulls(parts[block.part].metadata.row_group(block.group)):
-            for _ in decode([number]):  # Names the column and the row.
+            for _ in decode([number], list(specs)):  # Names the column and the row.
                 pass
     _warn_of_codecs(name, parts)
-    tree = next(iter(specs.values())) if alone else specs
-    called = f"{name}[{next(iter(specs))!r}]" if alone else name
-    return block_reader(called, tree, starts, decode, unit="row groups")
+    if len(specs) == 1:
+        ((alone, stored),) = specs.items()
+        only = lambda numbers: (arrays[alone] for arrays in decode(numbers, [alone]))  # noqa: E731
+        return block_reader(f"{name}[{alone!r}]", stored, starts, only, unit="row groups")
+
+    said: set[str] = set()
+
+    def some(columns: Sequence[str]) -> Reader:
+        chosen = {column: specs[column] for column in columns}
+        decoded = functools.partial(decode, columns=columns)
+        return block_reader(name, chosen, starts, decoded, unit="row groups", said=said)
+
+    return dataclasses.replace(some(list(specs)), columns=some)
 
 
 def _blocks(number: int, part: _Part) -> Iterator[_Block]:

@@ -41,6 +41,8 @@ class Reader:
         held: The array itself where it is one array and all of it lies in memory.
         check: Refuses what only a look at all files can tell; None where there is nothing to see.
         costly: Whether reading all rows once to check them would cost more than it is worth.
+        columns: `columns(names)` gives the reader of a dict of some of several arrays, which reads
+            no others; None where they come whole.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Reader:
     held: np.ndarray | None = None
     check: Callable[[], None] | None = None
     costly: bool = False
+    columns: "Callable[[Sequence[str]], Reader] | None" = None
 
 
 def damaged(name: str, kind: str, error: object) -> ValueError:

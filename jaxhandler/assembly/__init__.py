@@ -1,0 +1,1 @@
+"""From a loss expression to the model, the loss, the evaluator and the columns they need."""

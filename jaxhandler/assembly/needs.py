@@ -1,0 +1,208 @@
+"""Which outputs, inputs and targets expressions need: names from them, the rest from a trace."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from jaxhandler.assembly.computing import Leaf
+from jaxhandler.assembly.expressions import Expression, Gradient, Prediction, Truth, walk
+from jaxhandler.assembly.model import Model
+from jaxhandler.data.database import Database
+from jaxhandler.data.sources import Source, open_source
+from jaxhandler.errors import a_type, explain
+
+__all__ = [
+    "Columns",
+    "Needs",
+    "batch_spec",
+    "columns_of",
+    "find_needs",
+    "leaves_of",
+    "output_name",
+    "outputs_in",
+]
+
+
+class Columns(NamedTuple):
+    """What is known of the data without reading any.
+
+    Attributes:
+        specs: Columns by name, `jax.ShapeDtypeStruct` `[N, ...]`.
+        inputs: Those that may be inputs.
+        targets: Those that may be targets.
+        name: How messages call the data.
+    """
+
+    specs: dict[str, jax.ShapeDtypeStruct]
+    inputs: tuple[str, ...]
+    targets: tuple[str, ...]
+    name: str = "specs"
+
+
+class Needs(NamedTuple):
+    """What expressions need; `inputs` and `targets` are columns, all sorted.
+
+    Attributes:
+        inputs: Columns that the outputs depend on.
+        outputs: Predictions and gradients.
+        targets: Columns that are compared with.
+        shapes: Outputs' `jax.ShapeDtypeStruct` by name, `[B, ...]`.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[Expression, ...]
+    targets: tuple[str, ...]
+    shapes: dict[str, jax.ShapeDtypeStruct]
+
+
+def columns_of(specs: Any) -> Columns:
+    """Returns what there is to know of the columns of some data.
+
+    Args:
+        specs: A database, a source or its path, or a mapping from column to anything with a shape
+            and a dtype, rows first.
+
+    Returns:
+        A `Columns`.
+
+    Raises:
+        TypeError: If there are no named columns, or one has no shape and dtype.
+    """
+    if isinstance(specs, Database):
+        every = tuple(specs.specs)
+        return Columns(
+            dict(specs.specs),
+            every if specs.inputs is None else specs.inputs,
+            every if specs.targets is None else specs.targets,
+            specs.name,
+        )
+    name = "specs"
+    if not isinstance(specs, Mapping):
+        source = specs if isinstance(specs, Source) else open_source(specs, argument="specs")
+        specs, name = source.specs, source.name
+    if not isinstance(specs, Mapping):
+        fix = 'Pass a dict: {"x": x, "y": y}.'
+        raise TypeError(explain(name, seen=a_type(specs), expected="columns by name", fix=fix))
+    found = {}
+    for column, leaf in specs.items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            seen, path = a_type(leaf), f"[{column!r}]"
+            expected = "something with a shape and a dtype"
+            raise TypeError(explain(name, path=path, seen=seen, expected=expected))
+        # Columns of text and the like are no concern of a model's.
+        if len(leaf.shape) and _is_numeric(leaf.dtype):
+            dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+            found[column] = jax.ShapeDtypeStruct(tuple(leaf.shape), dtype)
+    return Columns(found, tuple(found), tuple(found), name)
+
+
+def find_needs(
+    expressions: Iterable[Expression], model: Model, params: Any, columns: Columns
+) -> Needs:
+    """Finds what expressions need, by tracing the model once; nothing is computed or read.
+
+    Args:
+        expressions: Losses, metrics, values of plots.
+        model: The model.
+        params: Its parameters, or things with their shapes and dtypes.
+        columns: What there is.
+
+    Returns:
+        A `Needs`.
+
+    Raises:
+        TypeError: If an output is no array.
+        ValueError: If a column or an output is not there; names it and those that are.
+    """
+    expressions = list(expressions)
+    targets = sorted({part.name for part in walk(*expressions) if isinstance(part, Truth)})
+    missing = [name for name in targets if name not in columns.targets]
+    if missing:
+        fix = "Rename the column in the expression, or add it to the data."
+        seen = f"no column {' and '.join(map(repr, missing))}"
+        expected = f"one of {', '.join(sorted(columns.targets)) or 'none'}"
+        raise ValueError(explain(columns.name, seen=seen, expected=expected, fix=fix))
+    wrong = {each: column for each, column in model.columns.items() if column not in columns.specs}
+    if wrong:
+        seen = " and ".join(f"no column {column!r} for {each!r}" for each, column in wrong.items())
+        expected = f"one of {', '.join(sorted(columns.specs)) or 'none'}"
+        fix = "Correct columns= of jh.model, or add the column to the data."
+        raise ValueError(explain(columns.name, seen=seen, expected=expected, fix=fix))
+    outputs = outputs_in(expressions)
+    if not outputs:
+        return Needs((), (), tuple(targets), {})
+    rows = _trace_rows(columns)
+    given = {name: batch_spec(columns.specs[name], rows) for name in sorted(columns.inputs)}
+    run = lambda params, given: model.compute(params, given, outputs)  # noqa: E731
+    closed, shapes = jax.make_jaxpr(run, return_shape=True)(params, given)
+    for name, leaf in shapes.items():
+        shape = getattr(leaf, "shape", None)
+        if shape is None or shape[:1] != (rows,):
+            seen = a_type(leaf) if shape is None else f"{list(shape)} for a batch of {rows} rows"
+            fix = "Keep the row axis first."
+            text = explain(f"output {name!r}", seen=seen, expected="rows first, [B, ...]", fix=fix)
+            raise ValueError(text)
+    jaxpr = closed.jaxpr
+    _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    lives = used[len(used) - len(given) :]
+    live = [name for name, is_live in zip(given, lives, strict=True) if is_live]
+    # Rows must be counted by something, even where no value matters.
+    return Needs(tuple(live or [*given][:1]), outputs, tuple(targets), shapes)
+
+
+def batch_spec(spec: jax.ShapeDtypeStruct, rows: int) -> jax.ShapeDtypeStruct:
+    """Returns what a batch of a column is, `[B, ...]`."""
+    return jax.ShapeDtypeStruct((rows, *spec.shape[1:]), spec.dtype)
+
+
+def outputs_in(expressions: Iterable[Expression]) -> tuple[Expression, ...]:
+    """Returns the predictions and gradients that expressions name, sorted.
+
+    Args:
+        expressions: Losses, metrics, values.
+
+    Returns:
+        Each once.
+    """
+    parts = {part for part in walk(*expressions) if isinstance(part, Prediction | Gradient)}
+    return tuple(sorted(parts, key=output_name))
+
+
+def output_name(part: Expression) -> str:
+    """Returns what an output is called in a dict of them: a gradient by its text."""
+    return part.name if isinstance(part, Prediction) else str(part)
+
+
+def leaves_of(outputs: Mapping[str, Any], columns: Mapping[str, Any]) -> Leaf:
+    """Returns what gives the arrays that names in expressions stand for.
+
+    Args:
+        outputs: Outputs by name, a gradient by its text.
+        columns: Columns by name.
+
+    Returns:
+        A function of a leaf of an expression.
+    """
+
+    def leaf(part: Expression) -> Any:
+        try:
+            return columns[part.name] if isinstance(part, Truth) else outputs[output_name(part)]
+        except KeyError:
+            there = columns if isinstance(part, Truth) else outputs
+            expected = f"one of {', '.join(sorted(there)) or 'none'}"
+            text = explain("batch", seen=f"nothing for {part}", expected=expected)
+            raise ValueError(text) from None
+
+    return leaf
+
+
+def _trace_rows(columns: Columns) -> int:
+    sizes = [spec.shape[0] for spec in columns.specs.values()]
+    return max(1, min([*sizes, 128]))
+
+
+def _is_numeric(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
