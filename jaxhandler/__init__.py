@@ -1,11 +1,14 @@
 """Run, validate and train JAX models over data that does not fit the accelerator."""
 
+from jaxhandler.assembly import controllers as controllers
 from jaxhandler.assembly import losses as losses
 from jaxhandler.assembly.assemble import TrainingModules as TrainingModules
 from jaxhandler.assembly.assemble import assemble_for_training as assemble_for_training
 from jaxhandler.assembly.assemble import build_loss_modules as build_loss_modules
 from jaxhandler.assembly.assemble import determine_out_in_targ as determine_out_in_targ
 from jaxhandler.assembly.assemble import generate_database_info as generate_database_info
+from jaxhandler.assembly.epochs import FitProgress as FitProgress
+from jaxhandler.assembly.epochs import FitState as FitState
 from jaxhandler.assembly.evaluator import Evaluator as Evaluator
 from jaxhandler.assembly.expressions import Expression as Expression
 from jaxhandler.assembly.expressions import gradient as gradient
@@ -13,6 +16,8 @@ from jaxhandler.assembly.expressions import pred as pred
 from jaxhandler.assembly.expressions import true as true
 from jaxhandler.assembly.model import Model as Model
 from jaxhandler.assembly.model import model as model
+from jaxhandler.assembly.routines import FitResult as FitResult
+from jaxhandler.assembly.routines import fit as fit
 from jaxhandler.data.database import Database as Database
 from jaxhandler.data.opening import database as database
 from jaxhandler.data.sources import Source as Source
@@ -95,6 +100,9 @@ __all__ = [
     "EarlyStopping",
     "Evaluator",
     "Expression",
+    "FitProgress",
+    "FitResult",
+    "FitState",
     "Handler",
     "InfererStats",
     "IsolationError",
@@ -132,6 +140,7 @@ __all__ = [
     "cast",
     "check_isolation",
     "check_row_independence",
+    "controllers",
     "copy_rows",
     "data_size",
     "database",
@@ -140,6 +149,7 @@ __all__ = [
     "enable_plan_store",
     "ensemble",
     "fast_conv",
+    "fit",
     "from_linen",
     "from_nnx",
     "generate_database_info",

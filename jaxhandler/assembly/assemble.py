@@ -60,7 +60,7 @@ def assemble_for_training(
     model: Any,
     params: Any,
     specs: Any,
-    batch_size: int = 128,
+    batch_size: int | None = None,
 ) -> tuple[TrainingModules, dict[str, list[str]]]:
     """Makes the model, the loss and the evaluator that expressions describe.
 
@@ -78,7 +78,8 @@ def assemble_for_training(
         params: Its parameters, or things with their shapes and dtypes; none are kept.
         specs: What columns there are: a database, a source or its path, or a mapping from column to
             anything with a shape and a dtype, `[N, ...]`.
-        batch_size: Rows that the evaluator feeds the model at once, `B`.
+        batch_size: Rows that the evaluator feeds the model at once, `B`; None is 128, or 1 where a
+            row of the database is a pack of several.
 
     Returns:
         `(modules, db_info)`: a `TrainingModules`, and the columns that they read, sorted:
@@ -123,7 +124,7 @@ def assemble_for_training(
         inputs=needs.inputs if needs.outputs else (),
         targets=needs.targets,
         plot_maker=plot_maker,
-        batch_size=batch_size,
+        batch_size=batch_size or (1 if columns.packed else 128),
     )
     db_info = generate_database_info(needs.inputs, needs.targets)
     return TrainingModules(model_fn, loss_fn, evaluator), db_info

@@ -34,12 +34,14 @@ class Columns(NamedTuple):
         inputs: Those that may be inputs.
         targets: Those that may be targets.
         name: How messages call the data.
+        packed: Whether a row is a pack of several of the database's.
     """
 
     specs: dict[str, jax.ShapeDtypeStruct]
     inputs: tuple[str, ...]
     targets: tuple[str, ...]
     name: str = "specs"
+    packed: bool = False
 
 
 class Needs(NamedTuple):
@@ -78,6 +80,7 @@ def columns_of(specs: Any) -> Columns:
             every if specs.inputs is None else specs.inputs,
             every if specs.targets is None else specs.targets,
             specs.name,
+            any(spec.shape[0] != specs.num_rows for spec in specs.specs.values()),
         )
     name = "specs"
     if not isinstance(specs, Mapping):

@@ -1,0 +1,304 @@
+"""One epoch of a fit: training, evaluation, and what is decided after it."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxhandler.assembly.controllers import Controller, patience
+from jaxhandler.assembly.tables import extended, improved, new_history
+from jaxhandler.data.order import generator_of
+from jaxhandler.data.sources import Source
+from jaxhandler.handlers.trainer import Trainer, trainer
+from jaxhandler.handlers.training import TrainState
+from jaxhandler.plans import PlanCache
+from jaxhandler.typing import Callback
+
+__all__ = ["Epochs", "FitProgress", "FitState", "rescaled"]
+
+_MACROBATCH = 10_000
+# Apart from the draws of the rows' order.
+_PACKING = 2**32 - 1
+
+
+class FitState(NamedTuple):
+    """Where a fit stands after an epoch: all that it needs to go on, bit for bit.
+
+    Attributes:
+        train: The trainer's state, with the parameters of the last epoch.
+        params: Those of the best epoch; of the last one while there is no best.
+        best_epoch: Which one that is, from 1; 0 while no metric was finite.
+        controller: The controller's state; None lets the controller begin anew.
+        history: What `FitResult.history` says of each epoch.
+
+    Example:
+        >>> FitState._fields
+        ('train', 'params', 'best_epoch', 'controller', 'history')
+    """
+
+    train: TrainState
+    params: Any
+    best_epoch: int
+    controller: Any
+    history: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FitProgress:
+    """Where a fit is after an epoch; every callback gets one, and may keep it.
+
+    Attributes:
+        epoch: The epoch that has ended, from 1.
+        num_epochs: Epochs in all.
+        metrics: Numbers by split and name.
+        loss: The mean over the rows of the epoch, as they were trained on.
+        is_best: Whether the metric that decides is lower than ever before.
+        batch_size: Rows of a batch in this epoch.
+        learning_rate_scale: What the optimiser's updates were multiplied by.
+        params: The parameters after it.
+        state: Where the fit stands.
+        seconds: Seconds of training and evaluating.
+
+    Example:
+        >>> import jaxhandler as jh
+        >>> history = jh.callbacks.History()
+        >>> progress = FitProgress(epoch=1, metrics={"valid": {"MAE": 0.5}})
+        >>> jh.callbacks.log_metrics(progress.metrics, progress.epoch, history)
+        >>> history
+        History(valid/MAE: 1)
+    """
+
+    epoch: int = 0
+    num_epochs: int = 0
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    loss: float = float("nan")
+    is_best: bool = False
+    batch_size: int = 0
+    learning_rate_scale: float = 1.0
+    params: Any = field(default=None, repr=False)
+    state: Any = field(default=None, repr=False)
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [
+            f"epoch {self.epoch}/{self.num_epochs}",
+            f"{self.seconds:.2f} s",
+            f"batch size {self.batch_size}",
+        ]
+        if self.learning_rate_scale != 1.0:
+            parts.append(f"learning rate x{self.learning_rate_scale:.3g}")
+        return ", ".join([*parts, f"loss {self.loss:.5g}"])
+
+
+class _LearningRate(NamedTuple):
+    """The state of what `rescaled` adds: a float32 scalar."""
+
+    scale: Any
+
+
+def rescaled(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns an optimiser whose updates are multiplied by a number of its state, 1 at first.
+
+    Args:
+        optimizer: Any gradient transformation.
+
+    Returns:
+        A chain, the last of whose states holds the number.
+
+    Example:
+        >>> rescaled(optax.sgd(0.1)).init(jnp.zeros(2))[-1].scale
+        Array(1., dtype=float32)
+    """
+
+    def init(params: Any) -> _LearningRate:
+        return _LearningRate(jnp.ones((), jnp.float32))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, _LearningRate]:
+        multiply = lambda leaf: leaf * state.scale.astype(leaf.dtype)  # noqa: E731
+        return jax.tree.map(multiply, updates), state
+
+    return optax.chain(optimizer, optax.GradientTransformation(init, update))
+
+
+class Epochs:
+    """Runs the epochs of a fit one by one, each a function of the state before it.
+
+    Args:
+        modules: What was assembled.
+        database: Where rows come from.
+        db_info: The columns to read.
+        optimizer: As given.
+        controller: What decides after each epoch; None is a fixed batch size.
+        stopping_key: The metric of "valid" that decides.
+        splits: Those evaluated after each epoch.
+        num_epochs: Epochs in all.
+        macrobatch_size: Rows on the device at once; None for 10,000 rows of the database.
+        shuffle: As `Trainer.train_from_host` takes it.
+        accumulate: As `jh.trainer` takes it.
+        on_nonfinite: As `jh.trainer` takes it.
+        on_macrobatch_finish: As `Trainer.train_from_host` takes it.
+        plans: Holds trainers and their plans.
+    """
+
+    def __init__(
+        self,
+        modules: Any,
+        database: Any,
+        db_info: Mapping[str, Any],
+        optimizer: optax.GradientTransformation,
+        *,
+        controller: Controller | None,
+        stopping_key: str,
+        splits: tuple[str, ...],
+        num_epochs: int,
+        macrobatch_size: int | str | None,
+        shuffle: str | None,
+        accumulate: int,
+        on_nonfinite: str,
+        on_macrobatch_finish: Callback | None,
+        plans: PlanCache,
+    ) -> None:
+        self._modules, self._database, self._db_info = modules, database, db_info
+        self._optimizer, self._stopping_key = optimizer, stopping_key
+        self._splits, self._num_epochs = splits, num_epochs
+        self._shuffle, self._plans, self._on_macrobatch = shuffle, plans, on_macrobatch_finish
+        self._sources: dict[str, Source] = {}
+        # Splits number structures where a row is a pack of several.
+        self._num_rows = self._source("train").num_rows
+        in_database = len(database.splits["train"])
+        packed = self._num_rows != in_database
+        if macrobatch_size is None:
+            macrobatch_size = max(_MACROBATCH * self._num_rows // in_database, 1)
+        self._macrobatch_size = macrobatch_size
+        one = patience(batch_size=1, eval_batch_size=1)
+        self._controller = controller or (one if packed else patience())
+        # Epochs differ by a few packs, and a scan is compiled for their number.
+        mode = "loop" if packed else "auto"
+        self._building = {"accumulate": accumulate, "on_nonfinite": on_nonfinite, "mode": mode}
+
+    def begin(self, state: FitState | None, params: Any, key: Any) -> FitState:
+        """Returns the state that the first epoch starts from.
+
+        Args:
+            state: That of an earlier fit, or None.
+            params: The parameters to start from where there is none.
+            key: The random key where there is none.
+
+        Returns:
+            A `FitState` whose controller has begun.
+        """
+        control = state.controller if state is not None else None
+        control = self._controller.init(self._num_rows) if control is None else control
+        if state is not None:
+            return state._replace(controller=control)
+        train = self._trainer(control.batch_size).init(params, key=key)
+        history = new_history(self._splits, self._modules.evaluator.names)
+        return FitState(train, train.params, 0, control, history)
+
+    def run(self, state: FitState, *, plots: bool) -> tuple[FitState, FitProgress, dict[str, Any]]:
+        """Runs one epoch.
+
+        Args:
+            state: As the last one left it; nothing of it is donated.
+            plots: Whether to collect what plots are drawn from.
+
+        Returns:
+            The state after it, what callbacks get, and the states of plots by split.
+        """
+        start = time.perf_counter()
+        now, epoch = state.controller, int(state.train.epoch)
+        train, info = self._trainer(now.batch_size).train_from_host(
+            _with_scale(state.train, now.learning_rate_scale),
+            self._source("train", generator_of(state.train.order_key, epoch, _PACKING)),
+            shuffle=self._shuffle,
+            macrobatch_size=self._macrobatch_size,
+            on_macrobatch_finish=self._on_macrobatch,
+        )
+        metrics, pictures = self.evaluate(
+            train.params, self._splits, now.eval_batch_size, plots=plots
+        )
+        numbers: dict[str, Any] = {
+            "loss": info.loss,
+            "batch_size": now.batch_size,
+            "learning_rate_scale": now.learning_rate_scale,
+            "seconds": time.perf_counter() - start,
+        }
+        history = extended(state.history, metrics, **numbers)
+        is_best = improved(history)["valid"][self._stopping_key]
+        state = FitState(
+            train,
+            train.params if is_best or not state.best_epoch else state.params,
+            epoch + 1 if is_best else state.best_epoch,
+            self._controller.update(now, metrics["valid"][self._stopping_key]),
+            history,
+        )
+        progress = FitProgress(
+            epoch=epoch + 1,
+            num_epochs=self._num_epochs,
+            metrics=metrics,
+            is_best=is_best,
+            params=train.params,
+            state=state,
+            **numbers,
+        )
+        return state, progress, pictures
+
+    def evaluate(
+        self, params: Any, splits: Iterable[str], batch_size: int | None, *, plots: bool
+    ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+        """Evaluates parameters on splits.
+
+        Args:
+            params: The parameters.
+            splits: Their names.
+            batch_size: Rows of a batch; None leaves the evaluator as it was assembled.
+            plots: Whether to collect what plots are drawn from.
+
+        Returns:
+            Metrics by split and name, and the states of plots by split.
+        """
+        evaluator, size = self._evaluator(batch_size), self._macrobatch_size
+        metrics, pictures = {}, {}
+        for split in splits:
+            given = (params, self._source(split))
+            if plots:
+                metrics[split], pictures[split] = evaluator.collect(*given, macrobatch_size=size)
+            else:
+                metrics[split] = evaluator.evaluate(*given, macrobatch_size=size)
+        return metrics, pictures
+
+    def _source(self, split: str, order: np.random.Generator | None = None) -> Source:
+        if order is not None:
+            return self._database.source(split, self._db_info, order=order)
+        if split not in self._sources:
+            self._sources[split] = self._database.source(split, self._db_info)
+        return self._sources[split]
+
+    def _evaluator(self, batch_size: int | None) -> Any:
+        given = self._modules.evaluator
+        if batch_size is None:
+            return given
+        key = ("fit", given.step, batch_size)
+        return self._plans.get(key, lambda: given.with_batch_size(batch_size))
+
+    def _trainer(self, batch_size: int) -> Trainer:
+        loss, optimizer, building = self._modules.loss, self._optimizer, self._building
+
+        def build() -> Trainer:
+            chained = rescaled(optimizer)
+            return trainer(loss, chained, batch_size=batch_size, plans=self._plans, **building)
+
+        # Plans belong to one trainer's step: beside it in the cache, a second fit finds them.
+        return self._plans.get(("fit", loss, optimizer, batch_size, *building.values()), build)
+
+
+def _with_scale(state: TrainState, scale: float) -> TrainState:
+    *others, last = state.opt_state
+    place = last.scale.sharding if last.scale.committed else None
+    last = _LearningRate(jax.device_put(np.float32(scale), place))
+    return state._replace(opt_state=(*others, last))

@@ -1,0 +1,369 @@
+"""The fit: epochs of training, evaluation, and what is decided between them."""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from jaxhandler.assembly.assemble import TrainingModules
+from jaxhandler.assembly.controllers import Controller
+from jaxhandler.assembly.epochs import Epochs, FitProgress, FitState, rescaled
+from jaxhandler.assembly.tables import NUMBERS, Table, improved
+from jaxhandler.data.database import Database
+from jaxhandler.errors import a_type, check_count, explain, warn
+from jaxhandler.plans import PlanCache
+from jaxhandler.typing import Callback
+
+__all__ = ["FitResult", "fit"]
+
+_RESERVED = (*NUMBERS, "best", "ended")
+
+
+class FitResult(NamedTuple):
+    """What a fit ends with.
+
+    Attributes:
+        params: The parameters of the best epoch, JAX arrays; of the last one where none was best.
+        state: Where the fit stands; `jh.fit(..., state=state)` goes on from there.
+        history: Arrays `[epochs]`, of each metric as `history[split][name]`, and `"loss"` (the mean
+            over the rows of the epoch, as they were trained on), `"batch_size"`,
+            `"learning_rate_scale"` and `"seconds"`; under `"best"` the metrics of `params` by split
+            and name; under `"ended"` why the fit did: "epochs", "controller", "callback", "frozen"
+            or "interrupted".
+
+    Example:
+        >>> FitResult._fields
+        ('params', 'state', 'history')
+    """
+
+    params: Any
+    state: FitState
+    history: dict[str, Any]
+
+
+def fit(
+    modules: Any,
+    db_info: Mapping[str, Sequence[str]],
+    database: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    params: Any,
+    epochs: int,
+    key: Any,
+    controller: Controller | None = None,
+    stopping_key: str | None = None,
+    callbacks: Iterable[Callable[[FitProgress], Any]] = (),
+    plot_every: int | None = None,
+    state: FitState | None = None,
+    evaluate: Sequence[str] = ("valid",),
+    evaluate_best: Sequence[str] | None = None,
+    shuffle: str | None = "rows",
+    macrobatch_size: int | str | None = None,
+    accumulate: int = 1,
+    on_nonfinite: str = "raise",
+    on_macrobatch_finish: Callback | None = None,
+    progress: bool = True,
+    plans: PlanCache | None = None,
+) -> FitResult:
+    """Trains on the split "train", evaluates "valid" after each epoch, and keeps the best.
+
+    The best parameters are those of the epoch with the lowest `stopping_key` on "valid"; NaN and
+    infinity are never best. They are evaluated on every split at the end. Rows are streamed as by
+    `jh.trainer`; only the columns of `db_info` are read. Whatever the epochs, the train step is
+    compiled once per batch size and its tail.
+
+    Ctrl-C ends the fit, not the program: the result holds the last whole epoch and the best
+    parameters, still evaluated on every split. So a script goes on to save them, a notebook has
+    its result, and `history["ended"]` is "interrupted" for those that want to know. A second Ctrl-C
+    raises `KeyboardInterrupt`.
+
+    Args:
+        modules: What `jh.assemble_for_training` returned first.
+        db_info: What it returned second, the columns to read.
+        database: A `jh.Database` with the splits "train" and "valid".
+        optimizer: An optax gradient transformation; its schedules go on from epoch to epoch.
+        params: The parameters to start from, any pytree of floating arrays; they stay the caller's.
+        epochs: Epochs in all, those of a `state` included.
+        key: A random key, `jax.random.key(...)`; draws the order of rows in each epoch.
+        controller: Decides about batch size, learning rate and when to stop, one of
+            `jh.controllers`; None runs all epochs, with batches of 128 rows (of one, evaluation
+            included, where rows are packs).
+        stopping_key: The metric of "valid" that decides, lower is better; None is "Loss" where the
+            metrics have one, else the first.
+        callbacks: Functions of one `FitProgress`, called after each epoch; one that returns True
+            ends the fit.
+        plot_every: Draws the plots of the plot maker after every so many epochs, of the splits that
+            are evaluated then; None only at the end, of the best parameters.
+        state: The `state` of an earlier result: goes on exactly where that stood. `params` and
+            `key` are those of the first call, and no longer looked at but for their structure.
+            A controller that has stopped a fit stays at that; `state._replace(controller=None)`
+            lets the one given begin anew.
+        evaluate: Splits evaluated after each epoch; "valid" always is.
+        evaluate_best: Splits evaluated at the end, with the best parameters; None, all that have
+            rows.
+        shuffle: As in `Trainer.train_from_host`. Where rows are packs, these are packed anew in
+            every epoch as well.
+        macrobatch_size: Rows on the device at once, rounded down to whole batches, or "auto"; None
+            is 10,000, or as many packs as hold 10,000 structures.
+        accumulate: Micro-batches a batch is split into, as in `jh.trainer`.
+        on_nonfinite: As in `jh.trainer`: "raise", "skip", "freeze" (which ends the fit) or
+            "ignore".
+        on_macrobatch_finish: Called with a `Progress` within epochs of training, as by
+            `Trainer.train_from_host`; `jh.callbacks.log_to(...)` for instance.
+        progress: Whether to print metrics after each epoch, a `*` after those lower than ever: a
+            table, or a line where the output is a file.
+        plans: A `jh.PlanCache` to share: another fit of the same modules and optimiser, a continued
+            one for instance, then compiles nothing. None makes a new one.
+
+    Returns:
+        A `FitResult`.
+
+    Raises:
+        NonFiniteError: If a loss or a parameter is not finite and `on_nonfinite="raise"`.
+        KeyboardInterrupt: At a second Ctrl-C.
+        TypeError: If an argument has the wrong type.
+        ValueError: If a split, a column or the stopping key is missing, `state` belongs to another
+            fit, or a number makes no sense.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np, optax, jaxhandler as jh
+        >>> x = np.linspace(-1, 1, 200, dtype=np.float32)
+        >>> database = jh.database({"x": x, "y": 3 * x}, key=jax.random.key(0))
+        >>> def model(params, inputs):
+        ...     return {"line": params * inputs["x"]}
+        >>> mse = jh.losses.mse(jh.pred("line"), jh.true("y"))
+        >>> modules, db_info = jh.assemble_for_training(
+        ...     mse, {"MSE": mse}, model=model, params=jnp.float32(0), specs=database.specs
+        ... )
+        >>> log = jh.callbacks.History()
+        >>> result = jh.fit(
+        ...     modules,
+        ...     db_info,
+        ...     database,
+        ...     optax.sgd(0.5),
+        ...     params=jnp.float32(0),
+        ...     epochs=20,
+        ...     key=jax.random.key(0),
+        ...     controller=jh.controllers.patience(3, batch_size=20),
+        ...     callbacks=[lambda p: jh.callbacks.log_metrics(p.metrics, p.epoch, log)],
+        ...     progress=False,
+        ... )
+        >>> print(f"{result.params:.3f}", result.history["ended"], log.steps("valid/MSE")[:3])
+        3.000 controller [1 2 3]
+        >>> sorted(result.history["best"])
+        ['test', 'train', 'valid']
+    """
+    num_epochs = check_count("epochs", epochs)
+    plot_every = None if plot_every is None else check_count("plot_every", plot_every)
+    callbacks = _check_callbacks(callbacks)
+    _check_parts(modules, db_info, database, optimizer, controller)
+    evaluator, plot_maker = modules.evaluator, modules.evaluator.plot_maker
+    stopping_key = _check_stopping_key(stopping_key, evaluator.names)
+    _check_splits("database", ("train", "valid"), database)
+    splits = _check_splits("evaluate", evaluate, database, ("valid",))
+    filled = [split for split, rows in database.splits.items() if len(rows)]
+    best_splits = filled if evaluate_best is None else evaluate_best
+    best_splits = _check_splits("evaluate_best", best_splits, database)
+    if plot_every is not None and plot_maker is None:
+        fix = "Pass plot_maker=jh.plot_maker(...) to jh.assemble_for_training."
+        seen = f"{plot_every}, but no plots"
+        raise ValueError(explain("plot_every", seen=seen, expected="None", fix=fix))
+    if state is not None:
+        _check_state(state, params, optimizer, splits, stopping_key, evaluator.names)
+    run = Epochs(
+        modules,
+        database,
+        db_info,
+        optimizer,
+        controller=controller,
+        stopping_key=stopping_key,
+        splits=splits,
+        num_epochs=num_epochs,
+        macrobatch_size=macrobatch_size,
+        shuffle=shuffle,
+        accumulate=accumulate,
+        on_nonfinite=on_nonfinite,
+        on_macrobatch_finish=on_macrobatch_finish,
+        plans=PlanCache() if plans is None else plans,
+    )
+    table = Table(shown=progress)
+
+    state = run.begin(state, params, key)
+    try:
+        while not (ended := _ended(state, num_epochs)):
+            epoch = len(state.history["loss"]) + 1
+            due = plot_every is not None and epoch % plot_every == 0
+            state, at, pictures = run.run(state, plots=due)
+            table.show(str(at), at.metrics, improved(state.history))
+            _draw(plot_maker, pictures, state, epoch)
+            # Every callback is called, those behind one that ends the fit as well.
+            if any(_is_true(said) for said in [callback(at) for callback in callbacks]):
+                ended = "callback"
+                break
+    except KeyboardInterrupt:
+        ended = _interrupted(state)
+    best: dict[str, Any] = {}
+    if epochs_done := len(state.history["loss"]):
+        if not state.best_epoch:
+            seen = f"no finite {stopping_key!r} of valid in {epochs_done} epochs"
+            fix = "The parameters given back are those of the last one."
+            warn(explain("stopping_key", seen=seen, expected="one", fix=fix))
+        try:
+            size, plots = state.controller.eval_batch_size, plot_maker is not None
+            best, pictures = run.evaluate(state.params, best_splits, size, plots=plots)
+            table.show(_title(state, ended), best, passing=False)
+            _draw(plot_maker, pictures, state, None)
+        except KeyboardInterrupt:
+            if ended == "interrupted":
+                raise
+            ended = _interrupted(state)
+    return FitResult(state.params, state, {**state.history, "best": best, "ended": ended})
+
+
+def _draw(plot_maker: Any, pictures: Mapping[str, Any], state: FitState, epoch: int | None) -> None:
+    for split, collected in pictures.items():
+        plot_maker.draw(collected, split=split, epoch=epoch, history=_metrics(state))
+
+
+def _is_true(said: Any) -> bool:
+    return isinstance(said, bool | np.bool_) and bool(said)
+
+
+def _ended(state: FitState, num_epochs: int) -> str:
+    """Why a fit is over, or nothing."""
+    if len(state.history["loss"]) >= num_epochs:
+        return "epochs"
+    if state.controller.stop:
+        return "controller"
+    return "" if np.all(np.asarray(state.train.active)) else "frozen"
+
+
+def _interrupted(state: FitState) -> str:
+    # No warning: where these are errors, it would cost the result.
+    text = (
+        f"jh.fit: interrupted after {len(state.history['loss'])} whole epochs, which the result "
+        "holds. To go on from there, pass state=result.state. Ctrl-C again raises."
+    )
+    print(text, file=sys.stderr, flush=True)
+    return "interrupted"
+
+
+def _title(state: FitState, ended: str) -> str:
+    which = f"best epoch {state.best_epoch}" if state.best_epoch else "last epoch, none was best"
+    early = "" if ended == "epochs" else f", ended: {ended}"
+    return f"{which} of {len(state.history['loss'])}{early}"
+
+
+def _check_parts(
+    modules: Any, db_info: Any, database: Any, optimizer: Any, controller: Any
+) -> None:
+    if not isinstance(modules, TrainingModules):
+        fix = "Pass what jh.assemble_for_training returned first."
+        text = explain("modules", seen=a_type(modules), expected="TrainingModules", fix=fix)
+        raise TypeError(text)
+    if modules.evaluator.program.members is not None:
+        fix = "Train ensembles with jh.ensemble(jh.trainer(modules.loss, ...), members=E)."
+        seen = "an evaluator of an ensemble"
+        raise ValueError(explain("modules", seen=seen, expected="one of one model", fix=fix))
+    if not isinstance(database, Database):
+        fix = "Make it with jh.database(data, key=jax.random.key(0))."
+        raise TypeError(explain("database", seen=a_type(database), expected="a Database", fix=fix))
+    expected = 'a dict of columns, {"inputs": [...], "targets": [...]}'
+    if not isinstance(db_info, Mapping) or not {"inputs", "targets"} <= db_info.keys():
+        fix = "Pass what jh.assemble_for_training returned second."
+        raise TypeError(explain("db_info", seen=repr(db_info), expected=expected, fix=fix))
+    columns = {*db_info["inputs"], *db_info["targets"]}
+    for missing in sorted(columns - set(database.specs)):
+        expected = f"one of the database's, {sorted(database.specs)}"
+        raise ValueError(explain("db_info", seen=f"column {missing!r}", expected=expected))
+    for needed in sorted({name for names in modules.evaluator.columns.values() for name in names}):
+        if needed not in columns:
+            fix = "Pass what jh.assemble_for_training returned with these modules."
+            seen, expected = str(sorted(columns)), f"{needed!r} too, which the metrics need"
+            raise ValueError(explain("db_info", seen=seen, expected=expected, fix=fix))
+    for name, pair, fix in (
+        ("optimizer", optimizer, "Pass optax.adam(1e-3), for instance."),
+        ("controller", controller, "Pass jh.controllers.patience(10), for instance."),
+    ):
+        pure = all(callable(getattr(pair, part, None)) for part in ("init", "update"))
+        if not pure and not (name == "controller" and pair is None):
+            expected = "a pair of functions, init and update"
+            raise TypeError(explain(name, seen=a_type(pair), expected=expected, fix=fix))
+
+
+def _check_callbacks(callbacks: Any) -> tuple[Callable[[FitProgress], Any], ...]:
+    expected = "functions of one FitProgress"
+    if not isinstance(callbacks, Iterable):
+        fix = "Write a list, [callback] for a single one."
+        raise TypeError(explain("callbacks", seen=a_type(callbacks), expected=expected, fix=fix))
+    callbacks = tuple(callbacks)
+    for place, callback in enumerate(callbacks):
+        if not callable(callback):
+            seen = a_type(callback)
+            raise TypeError(explain(f"callbacks[{place}]", seen=seen, expected=expected))
+    return callbacks
+
+
+def _check_stopping_key(given: str | None, names: Sequence[str]) -> str:
+    if given is None:
+        return next((name for name in names if name == "Loss"), names[0])
+    if given not in names:
+        expected = f"a metric's name, one of {list(names)}"
+        raise ValueError(explain("stopping_key", seen=repr(given), expected=expected))
+    return given
+
+
+def _check_splits(
+    argument: str, splits: Any, database: Any, needed: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Returns the splits meant, in the database's order."""
+    if isinstance(splits, str) or not isinstance(splits, Iterable):
+        fix = 'Write a tuple, ("valid",) for a single one.'
+        raise TypeError(explain(argument, seen=repr(splits), expected="names of splits", fix=fix))
+    names = {*needed, *splits}
+    for name in sorted(names, key=str):
+        if name not in database.splits:
+            expected = f"one of the database's, {list(database.splits)}"
+            raise ValueError(explain(argument, seen=f"split {name!r}", expected=expected))
+        if name in _RESERVED:
+            fix = "Give the split another name: the history has this one for something else."
+            raise ValueError(explain(argument, seen=f"split {name!r}", expected="another", fix=fix))
+        if not len(database.splits[name]):
+            raise ValueError(
+                explain(argument, seen=f"split {name!r} without rows", expected="rows")
+            )
+    return tuple(name for name in database.splits if name in names)
+
+
+def _check_state(
+    state: Any, params: Any, optimizer: Any, splits: Sequence[str], stopping_key: str, names: Any
+) -> None:
+    if not isinstance(state, FitState):
+        fix = "Pass result.state of an earlier jh.fit."
+        raise TypeError(explain("state", seen=a_type(state), expected="a FitState", fix=fix))
+    types = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
+    begun = jax.eval_shape(lambda params: (params, rescaled(optimizer).init(params)), params)
+    if types(begun) != types((state.train.params, state.train.opt_state)):
+        fix = "Pass the params and the optimizer of the call that it came from."
+        seen = "that of other parameters, or of another optimizer"
+        raise ValueError(explain("state", seen=seen, expected="one that fits them", fix=fix))
+    kept = {split: sorted(found) for split, found in _metrics(state).items()}
+    wanted = {split: sorted(names) for split in splits}
+    if kept != wanted:
+        fix = "Pass the evaluate and the validation losses of the call that it came from."
+        seen, expected = f"a history of {kept}", f"one of {wanted}"
+        raise ValueError(explain("state", seen=seen, expected=expected, fix=fix))
+    scores = state.history["valid"][stopping_key]
+    best = int(np.argmin(np.where(np.isfinite(scores), scores, np.inf))) if len(scores) else -1
+    if state.best_epoch and state.best_epoch != best + 1:
+        seen = f"best parameters of epoch {state.best_epoch}"
+        expected = f"of epoch {best + 1}, whose {stopping_key!r} is the lowest"
+        fix = "Pass the stopping_key of the call that it came from."
+        raise ValueError(explain("state", seen=seen, expected=expected, fix=fix))
+
+
+def _metrics(state: FitState) -> dict[str, dict[str, np.ndarray]]:
+    return {split: found for split, found in state.history.items() if split not in NUMBERS}
