@@ -1,8 +1,8 @@
 """# Two losses
 
-A network learns to read handwritten digits, of which one in ten is labelled, and to draw all of them
-again from 24 numbers. The loss says what is compared with what; which columns are read, what the
-model must give and how it is judged follow from it. It takes half a minute on two CPU cores and
+A network learns to read handwritten digits, of which one in ten is labelled, and to draw all of
+them again from 24 numbers. The loss says what is compared with what; which columns are read, what
+the model must give and how it is judged follow from it. It takes half a minute on two CPU cores and
 leaves `two_losses.png`.
 """
 
@@ -95,8 +95,8 @@ print(f"test accuracy {best['accuracy']:.1%} from {given[database.splits['train'
 # %% [markdown]
 # ## Predictions
 #
-# What was assembled is a function like any other. Above are digits of the test split, below what the
-# network draws of them, and what it takes them for.
+# What was assembled is a function like any other. Above are digits of the test split, below what
+# the network draws of them, and what it takes them for.
 
 # %%
 calc = jh.calculator(modules.model)

@@ -2,6 +2,7 @@
 
 from jaxhandler.assembly import controllers as controllers
 from jaxhandler.assembly import losses as losses
+from jaxhandler.assembly import plots as plots
 from jaxhandler.assembly.assemble import TrainingModules as TrainingModules
 from jaxhandler.assembly.assemble import assemble_for_training as assemble_for_training
 from jaxhandler.assembly.assemble import build_loss_modules as build_loss_modules
@@ -16,6 +17,8 @@ from jaxhandler.assembly.expressions import pred as pred
 from jaxhandler.assembly.expressions import true as true
 from jaxhandler.assembly.model import Model as Model
 from jaxhandler.assembly.model import model as model
+from jaxhandler.assembly.plot_maker import PlotMaker as PlotMaker
+from jaxhandler.assembly.plot_maker import plot_maker as plot_maker
 from jaxhandler.assembly.routines import FitResult as FitResult
 from jaxhandler.assembly.routines import fit as fit
 from jaxhandler.data.database import Database as Database
@@ -114,6 +117,7 @@ __all__ = [
     "NonFiniteError",
     "PlanCache",
     "PlanStats",
+    "PlotMaker",
     "Progress",
     "RowDependenceError",
     "RunError",
@@ -167,6 +171,8 @@ __all__ = [
     "num_members",
     "open_source",
     "plan_memory",
+    "plot_maker",
+    "plots",
     "policies",
     "pred",
     "recurrent",

@@ -109,7 +109,7 @@ def assemble_for_training(
     metrics = named_metrics(validation_losses, validation_names)
     plots = () if plot_maker is None else tuple(plot_maker.plots)
     model, columns = as_model(model), columns_of(specs)
-    drawn = [value for plot in plots for value in plot.values]
+    drawn = [value for plot in plots for value in (*plot.values, plot.mask) if value is not None]
     needs = find_needs([loss, *metrics.values(), *drawn], model, params, columns)
     _check_shapes([loss, *metrics.values()], params, needs.shapes, columns)
     model_fn = _fill(model, needs.outputs, needs.inputs, columns)
