@@ -76,6 +76,13 @@ def test_the_server_runs_with_few_requests_and_cleans_up(folder: Path, scratch: 
     assert not list(scratch.iterdir())
 
 
+def test_a_loss_of_two_lines_reads_digits_from_few_labels(folder: Path) -> None:
+    printed = run("two_losses.py", folder)
+    assert "{'inputs': ['image'], 'targets': ['digit', 'image', 'label']}" in printed
+    assert accuracy_in(printed) >= 91
+    assert [path.name for path in folder.iterdir()] == ["two_losses.png"]
+
+
 def test_the_sweep_runs_with_few_looks_and_cleans_up(folder: Path, scratch: Path) -> None:
     printed = run("ensemble_sweep.py", folder, SWEEP_LOOKS="6")
     assert accuracy_in(printed) >= 96

@@ -1,7 +1,7 @@
 """How plots look. Matplotlib is here only; its global state is left alone."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,11 +113,12 @@ def draw_values(
     _draw_bars(axes, histogram, text, _labelled(labels[0], unit))
 
 
-def draw_metrics(history: Mapping[str, Any]) -> "Figure | None":
+def draw_metrics(history: Mapping[str, Any], rising: Collection[str] = ()) -> "Figure | None":
     """Draws metrics epoch by epoch.
 
     Args:
         history: `history[split][name]`, arrays `[epochs]`; may hold other things.
+        rising: Names of metrics of which more is better.
 
     Returns:
         A figure, or None where there is no metric.
@@ -132,7 +133,8 @@ def draw_metrics(history: Mapping[str, Any]) -> "Figure | None":
     figure = Figure(figsize=(4.8 * columns, 3.2 * rows), layout="constrained")
     splits = list(dict.fromkeys(split for lines in panels.values() for split in lines))
     for place, (name, lines) in enumerate(panels.items()):
-        _draw_panel(figure.add_subplot(rows, columns, place + 1), name, lines, splits)
+        axes = figure.add_subplot(rows, columns, place + 1)
+        _draw_panel(axes, name, lines, splits, -1 if name in rising else 1)
     return figure
 
 
@@ -149,7 +151,7 @@ def _panels(history: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _draw_panel(
-    axes: "Axes", name: str, lines: Mapping[str, np.ndarray], splits: Sequence[str]
+    axes: "Axes", name: str, lines: Mapping[str, np.ndarray], splits: Sequence[str], sign: int
 ) -> None:
     axes.set_xlabel("epoch")
     title = _plain(name)
@@ -173,11 +175,11 @@ def _draw_panel(
     elif finite.min() > 0 and finite.max() > _WIDE * finite.min():
         axes.set_yscale("log")
     chosen = "valid" if "valid" in lines else next(iter(lines))
-    values = np.where(np.isfinite(lines[chosen]), lines[chosen], np.inf)
+    values = np.where(np.isfinite(lines[chosen]), sign * lines[chosen], np.inf)
     if values.min(initial=np.inf) < np.inf:
-        best = int(np.argmin(values))
-        axes.plot(best + 1, values[best], "o", color="black", fillstyle="none", markersize=9)
-        title += f"\n{_plain(chosen)}: lowest {values[best]:.4g}, epoch {best + 1}"
+        best, value = int(np.argmin(values)), sign * values.min()
+        axes.plot(best + 1, value, "o", color="black", fillstyle="none", markersize=9)
+        title += f"\n{_plain(chosen)}: best {value:.4g}, epoch {best + 1}"
     axes.set_title(title, fontsize="medium")
     if len(splits) > 1:
         axes.legend(fontsize="small")

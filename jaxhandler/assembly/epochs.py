@@ -57,7 +57,7 @@ class FitProgress:
         num_epochs: Epochs in all.
         metrics: Numbers by split and name.
         loss: The mean over the rows of the epoch, as they were trained on.
-        is_best: Whether the metric that decides is lower than ever before.
+        is_best: Whether the metric that decides is better than ever before.
         batch_size: Rows of a batch in this epoch.
         learning_rate_scale: What the optimiser's updates were multiplied by.
         params: The parameters after it.
@@ -229,12 +229,14 @@ class Epochs:
             "seconds": time.perf_counter() - start,
         }
         history = extended(state.history, metrics, **numbers)
-        is_best = improved(history)["valid"][self._stopping_key]
+        rising = self._modules.evaluator.rising
+        is_best = improved(history, rising)["valid"][self._stopping_key]
+        metric = metrics["valid"][self._stopping_key]
         state = FitState(
             train,
             train.params if is_best or not state.best_epoch else state.params,
             epoch + 1 if is_best else state.best_epoch,
-            self._controller.update(now, metrics["valid"][self._stopping_key]),
+            self._controller.update(now, -metric if self._stopping_key in rising else metric),
             history,
         )
         progress = FitProgress(

@@ -63,6 +63,11 @@ class Evaluator(Calculator):
         return tuple(self.metrics.expressions)
 
     @property
+    def rising(self) -> tuple[str, ...]:
+        """The names of metrics of which more is better: `accuracy` and `rsq` that stand alone."""
+        return self.metrics.rising()
+
+    @property
     def columns(self) -> dict[str, list[str]]:
         """The columns that it reads, as `db_info` has them."""
         return {"inputs": list(self.inputs), "targets": list(self.targets)}

@@ -90,6 +90,14 @@ class Metrics(NamedTuple):
         parts = walk(*self.expressions.values())
         return list(dict.fromkeys(part for part in parts if isinstance(part, Term | AppliedTerm)))
 
+    def rising(self) -> tuple[str, ...]:
+        """Returns the names of those of which more is better: a share of hits, a determination."""
+        return tuple(
+            name
+            for name, expression in self.expressions.items()
+            if isinstance(expression, Term) and expression.kind in ("accuracy", "rsq")
+        )
+
     def regularized(self) -> bool:
         """Returns whether a metric is of the parameters."""
         parts = walk(*self.expressions.values())

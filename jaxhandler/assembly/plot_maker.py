@@ -5,7 +5,7 @@ import importlib
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ class PlotMaker:
         split: str,
         epoch: int | None = None,
         history: Mapping[str, Any] | None = None,
+        rising: Collection[str] = (),
     ) -> "list[Figure]":
         """Draws the plots of a split.
 
@@ -61,6 +62,7 @@ class PlotMaker:
             split: Which part of the data they are of.
             epoch: After which epoch.
             history: `history[split][name]`, arrays `[epochs]`; None draws no metrics.
+            rising: Names of metrics of which more is better.
 
         Returns:
             Figures, in the order of `plots`, metrics last. They are no part of
@@ -80,7 +82,7 @@ class PlotMaker:
             self._put(figure, when and f"epoch_{epoch:04d}", f"{_safe(split)}_{_safe(plot.name)}")
             figures.append(figure)
         if self.metrics and history and split == _first_split(history):
-            figure = draw_metrics(history)
+            figure = draw_metrics(history, rising)
             if figure is not None:
                 self._put(figure, "", "metrics")
                 figures.append(figure)

@@ -7,7 +7,7 @@ picture; titles tell how many, and how many are not finite. `jh.plot_maker` puts
 a notebook.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -198,15 +198,16 @@ def histogram(value: Any, *, mask: Any = None, name: str = "", unit: str = "") -
     return _plot("histogram", (value,), mask, name, unit)
 
 
-def metrics_over_time(history: Mapping[str, Any]) -> "Figure":
+def metrics_over_time(history: Mapping[str, Any], rising: Collection[str] = ()) -> "Figure":
     """Draws metrics epoch by epoch, a panel for each and a line for each split.
 
     A panel has a logarithmic scale where all its values are above zero and go over more than a
-    factor of ten. The lowest value of "valid", or of the first split there is, has a mark.
+    factor of ten. The best value of "valid", or of the first split there is, has a mark.
 
     Args:
         history: `history[split][name]`, arrays `[epochs]`, such as `jh.fit(...).history`; what else
             it holds is left out, but for the array "loss".
+        rising: Names of metrics of which more is better, an evaluator's `rising` for instance.
 
     Returns:
         A figure that is no part of `matplotlib.pyplot`; `figure.savefig(path)` writes it.
@@ -219,10 +220,10 @@ def metrics_over_time(history: Mapping[str, Any]) -> "Figure":
         >>> figure = metrics_over_time({"valid": {"MAE": np.array([0.5, 0.2, 0.3])}})
         >>> print(figure.axes[0].get_title())
         MAE
-        valid: lowest 0.2, epoch 2
+        valid: best 0.2, epoch 2
     """
     extra("matplotlib", "metrics_over_time", "plots")
-    figure = draw_metrics(history)
+    figure = draw_metrics(history, rising)
     if figure is None:
         expected = "history[split][name], an array of one number per epoch"
         raise ValueError(explain("history", seen=f"{list(history)}", expected=expected))

@@ -70,8 +70,9 @@ def fit(
 ) -> FitResult:
     """Trains on the split "train", evaluates "valid" after each epoch, and keeps the best.
 
-    The best parameters are those of the epoch with the lowest `stopping_key` on "valid"; NaN and
-    infinity are never best. They are evaluated on every split at the end. Rows are streamed as by
+    The best parameters are those of the epoch with the lowest `stopping_key` on "valid" (the
+    highest, if it is an `accuracy` or an `rsq` that stands alone); NaN and infinity are never best.
+    They are evaluated on every split at the end. Rows are streamed as by
     `jh.trainer`; only the columns of `db_info` are read. Whatever the epochs, the train step is
     compiled once per batch size and its tail.
 
@@ -91,7 +92,7 @@ def fit(
         controller: Decides about batch size, learning rate and when to stop, one of
             `jh.controllers`; None runs all epochs, with batches of 128 rows (of one, evaluation
             included, where rows are packs).
-        stopping_key: The metric of "valid" that decides, lower is better; None is "Loss" where the
+        stopping_key: The metric of "valid" that decides; None is "Loss" where the
             metrics have one, else the first.
         callbacks: Functions of one `FitProgress`, called after each epoch; one that returns True
             ends the fit.
@@ -113,7 +114,7 @@ def fit(
             "ignore".
         on_macrobatch_finish: Called with a `Progress` within epochs of training, as by
             `Trainer.train_from_host`; `jh.callbacks.log_to(...)` for instance.
-        progress: Whether to print metrics after each epoch, a `*` after those lower than ever: a
+        progress: Whether to print metrics after each epoch, a `*` after those better than ever: a
             table, or a line where the output is a file.
         plans: A `jh.PlanCache` to share: another fit of the same modules and optimiser, a continued
             one for instance, then compiles nothing. None makes a new one.
@@ -172,7 +173,7 @@ def fit(
         seen = f"{plot_every}, but no plots"
         raise ValueError(explain("plot_every", seen=seen, expected="None", fix=fix))
     if state is not None:
-        _check_state(state, params, optimizer, splits, stopping_key, evaluator.names)
+        _check_state(state, params, optimizer, splits, stopping_key, evaluator)
     run = Epochs(
         modules,
         database,
@@ -197,8 +198,8 @@ def fit(
             epoch = len(state.history["loss"]) + 1
             due = plot_every is not None and epoch % plot_every == 0
             state, at, pictures = run.run(state, plots=due)
-            table.show(str(at), at.metrics, improved(state.history))
-            _draw(plot_maker, pictures, state, epoch)
+            table.show(str(at), at.metrics, improved(state.history, evaluator.rising))
+            _draw(evaluator, pictures, state, epoch)
             # Every callback is called, those behind one that ends the fit as well.
             if any(_is_true(said) for said in [callback(at) for callback in callbacks]):
                 ended = "callback"
@@ -215,7 +216,7 @@ def fit(
             size, plots = state.controller.eval_batch_size, plot_maker is not None
             best, pictures = run.evaluate(state.params, best_splits, size, plots=plots)
             table.show(_title(state, ended), best, passing=False)
-            _draw(plot_maker, pictures, state, None)
+            _draw(evaluator, pictures, state, None)
         except KeyboardInterrupt:
             if ended == "interrupted":
                 raise
@@ -223,9 +224,10 @@ def fit(
     return FitResult(state.params, state, {**state.history, "best": best, "ended": ended})
 
 
-def _draw(plot_maker: Any, pictures: Mapping[str, Any], state: FitState, epoch: int | None) -> None:
+def _draw(evaluator: Any, pictures: Mapping[str, Any], state: FitState, epoch: int | None) -> None:
+    about = {"epoch": epoch, "history": _metrics(state), "rising": evaluator.rising}
     for split, collected in pictures.items():
-        plot_maker.draw(collected, split=split, epoch=epoch, history=_metrics(state))
+        evaluator.plot_maker.draw(collected, split=split, **about)
 
 
 def _is_true(said: Any) -> bool:
@@ -339,7 +341,7 @@ def _check_splits(
 
 
 def _check_state(
-    state: Any, params: Any, optimizer: Any, splits: Sequence[str], stopping_key: str, names: Any
+    state: Any, params: Any, optimizer: Any, splits: Any, stopping_key: str, evaluator: Any
 ) -> None:
     if not isinstance(state, FitState):
         fix = "Pass result.state of an earlier jh.fit."
@@ -351,16 +353,17 @@ def _check_state(
         seen = "that of other parameters, or of another optimizer"
         raise ValueError(explain("state", seen=seen, expected="one that fits them", fix=fix))
     kept = {split: sorted(found) for split, found in _metrics(state).items()}
-    wanted = {split: sorted(names) for split in splits}
+    wanted = {split: sorted(evaluator.names) for split in splits}
     if kept != wanted:
         fix = "Pass the evaluate and the validation losses of the call that it came from."
         seen, expected = f"a history of {kept}", f"one of {wanted}"
         raise ValueError(explain("state", seen=seen, expected=expected, fix=fix))
     scores = state.history["valid"][stopping_key]
+    scores = -scores if stopping_key in evaluator.rising else scores
     best = int(np.argmin(np.where(np.isfinite(scores), scores, np.inf))) if len(scores) else -1
     if state.best_epoch and state.best_epoch != best + 1:
         seen = f"best parameters of epoch {state.best_epoch}"
-        expected = f"of epoch {best + 1}, whose {stopping_key!r} is the lowest"
+        expected = f"of epoch {best + 1}, whose {stopping_key!r} is the best"
         fix = "Pass the stopping_key of the call that it came from."
         raise ValueError(explain("state", seen=seen, expected=expected, fix=fix))
 

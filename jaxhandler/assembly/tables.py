@@ -3,7 +3,7 @@
 import html
 import importlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -68,13 +68,16 @@ def extended(history: Mapping[str, Any], metrics: Metrics, **numbers: float) -> 
     return append(history, {**metrics, **numbers})
 
 
-def improved(history: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
-    """Tells which metrics of the last epoch are lower than ever before.
+def improved(
+    history: Mapping[str, Any], rising: Collection[str] = ()
+) -> dict[str, dict[str, bool]]:
+    """Tells which metrics of the last epoch are better than ever before.
 
     NaN and infinity never are, nor do they count as what came before.
 
     Args:
         history: Of at least one epoch.
+        rising: Names of metrics of which more is better; of others less is.
 
     Returns:
         By split and name.
@@ -84,12 +87,14 @@ def improved(history: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
         {'valid': {'MAE': True, 'RMSE': False}}
     """
 
-    def lowest(values: np.ndarray) -> bool:
+    def best(values: np.ndarray) -> bool:
         past = values[:-1][np.isfinite(values[:-1])]
         return bool(np.isfinite(values[-1]) and values[-1] < past.min(initial=np.inf))
 
     return {
-        split: {name: lowest(values) for name, values in metrics.items()}
+        split: {
+            name: best(-values if name in rising else values) for name, values in metrics.items()
+        }
         for split, metrics in history.items()
         if isinstance(metrics, Mapping)
     }

@@ -204,10 +204,17 @@ def test_metrics_have_a_panel_each_and_a_line_for_each_split():
     assert lines == [["training"], ["train", "valid"], ["valid"]]
 
 
-def test_the_lowest_finite_value_of_valid_is_marked():
+def test_the_best_finite_value_of_valid_is_marked():
     axes = jh.plots.metrics_over_time(HISTORY).axes[1]
-    assert axes.get_title() == "MAE\nvalid: lowest 2, epoch 2"
+    assert axes.get_title() == "MAE\nvalid: best 2, epoch 2"
     assert axes.lines[-1].get_xydata().tolist() == [[2, 2]]
+
+
+def test_the_highest_is_best_of_metrics_that_rise():
+    history = {"valid": {"R2": np.array([0.1, 0.9, 0.5])}}
+    [axes] = jh.plots.metrics_over_time(history, rising=["R2"]).axes
+    assert axes.get_title() == "R2\nvalid: best 0.9, epoch 2"
+    assert axes.lines[-1].get_xydata().tolist() == [[2, 0.9]]
 
 
 def test_only_wide_positive_metrics_get_a_logarithmic_scale():

@@ -140,6 +140,17 @@ def test_the_best_parameters_are_those_of_the_epoch_with_the_lowest_metric():
     assert [at.is_best for at in seen] == [True, True, True, False, False, False]
 
 
+def test_of_a_share_of_variance_the_highest_is_best():
+    climbing = optax.sgd(lambda step: jnp.where(step < 18, 0.05, -0.05))
+    modules, _ = assembled({"R2": jh.losses.rsq(jh.pred("y"), jh.true("y"))})
+    patient = jh.controllers.patience(2, batch_size=8)
+    result = fit(9, modules=modules, optimizer=climbing, controller=patient)
+    scores = result.history["valid"]["R2"]
+    assert modules.evaluator.rising == ("R2",)
+    assert result.state.best_epoch == np.argmax(scores) + 1 == 3
+    assert len(scores) == 5
+
+
 def scored(params, inputs):
     """Its score is NaN until the first weight is above 0.7, after the second epoch, then falls."""
     y = line(params, inputs)["y"]
@@ -400,7 +411,7 @@ class Drawing:
     def __init__(self):
         self.drawn = []
 
-    def draw(self, states, *, split, epoch=None, history=None):
+    def draw(self, states, *, split, epoch=None, history=None, rising=()):
         [epochs] = {len(values) for named in history.values() for values in named.values()}
         self.drawn.append((epoch, split, states, epochs))
 
