@@ -15,12 +15,16 @@ from jaxhandler.assembly.expressions import Expression as Expression
 from jaxhandler.assembly.expressions import gradient as gradient
 from jaxhandler.assembly.expressions import pred as pred
 from jaxhandler.assembly.expressions import true as true
+from jaxhandler.assembly.geometry import pair_geometry as pair_geometry
 from jaxhandler.assembly.model import Model as Model
 from jaxhandler.assembly.model import model as model
+from jaxhandler.assembly.neighbors import neighbor_pairs as neighbor_pairs
+from jaxhandler.assembly.pairs import precompute_pairs as precompute_pairs
 from jaxhandler.assembly.plot_maker import PlotMaker as PlotMaker
 from jaxhandler.assembly.plot_maker import plot_maker as plot_maker
 from jaxhandler.assembly.routines import FitResult as FitResult
 from jaxhandler.assembly.routines import fit as fit
+from jaxhandler.data.atoms import AtomsDatabase as AtomsDatabase
 from jaxhandler.data.database import Database as Database
 from jaxhandler.data.opening import database as database
 from jaxhandler.data.sources import Source as Source
@@ -94,6 +98,7 @@ from jaxhandler.typing import Progress as Progress
 from jaxhandler.typing import RunReport as RunReport
 
 __all__ = [
+    "AtomsDatabase",
     "Batch",
     "Batched",
     "BatchedModels",
@@ -167,13 +172,16 @@ __all__ = [
     "memoizing_inferer",
     "micro_batcher",
     "model",
+    "neighbor_pairs",
     "noise",
     "num_members",
     "open_source",
+    "pair_geometry",
     "plan_memory",
     "plot_maker",
     "plots",
     "policies",
+    "precompute_pairs",
     "pred",
     "recurrent",
     "replicate",

@@ -28,7 +28,7 @@ GROUND = {"errors"}
 
 CORE = {"jax", "jaxhandler", "numpy", "optax", *sys.stdlib_module_names}
 LAZY = {"flax", "grain", "h5py", "keras", "matplotlib", "orbax", "pyarrow", "ray", "rich"}
-LAZY |= {"safetensors", "sklearn", "tensorstore", "zarr"}
+LAZY |= {"ase", "safetensors", "sklearn", "tensorstore", "vesin", "zarr"}
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 LONGEST_FILE = 400
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from jaxhandler.data.atoms import atoms_database, is_atoms
 from jaxhandler.data.database import Database, columns_database
+from jaxhandler.errors import explain
 
 __all__ = ["database"]
 
@@ -19,6 +21,7 @@ def database(
     targets: Sequence[str] | None = None,
     splits: Mapping[str, Any] | str | os.PathLike[str] = _SPLITS,
     key: Any = None,
+    atom_columns: Sequence[str] | None = None,
 ) -> Database:
     """Returns a database: the named columns of a source, in splits.
 
@@ -43,6 +46,8 @@ def database(
             - An integer column, `"fold"`: a split for each of its values, called `str(value)`.
             - The path of splits that `Database.save_splits` wrote; it ends in `.npz`.
         key: A `jax.random.key`, needed for fractions only. The host draws; nothing is compiled.
+        atom_columns: Of structures, the columns with a row for each atom, where sizes leave that
+            open.
 
     Returns:
         A `Database`.
@@ -64,4 +69,10 @@ def database(
         >>> database(folds, inputs=["x"], targets=["y"], splits="fold").source("2", ["x"])
         Source(33 rows, ['x'] float32[N, 3])
     """
-    return columns_database(source, inputs=inputs, targets=targets, splits=splits, key=key)
+    options = {"inputs": inputs, "targets": targets, "splits": splits, "key": key}
+    if is_atoms(source):
+        return atoms_database(source, atom_columns=atom_columns, **options)
+    if atom_columns is not None:
+        seen, expected = "columns without num_atoms", "structures of atoms"
+        raise ValueError(explain("atom_columns", seen=seen, expected=expected))
+    return columns_database(source, **options)
