@@ -7,7 +7,6 @@ from typing import Any
 
 from jaxhandler.data.atoms import atoms_database, is_atoms
 from jaxhandler.data.database import Database, columns_database
-from jaxhandler.errors import explain
 
 __all__ = ["database"]
 
@@ -70,9 +69,6 @@ def database(
         Source(33 rows, ['x'] float32[N, 3])
     """
     options = {"inputs": inputs, "targets": targets, "splits": splits, "key": key}
-    if is_atoms(source):
+    if atom_columns is not None or is_atoms(source):
         return atoms_database(source, atom_columns=atom_columns, **options)
-    if atom_columns is not None:
-        seen, expected = "columns without num_atoms", "structures of atoms"
-        raise ValueError(explain("atom_columns", seen=seen, expected=expected))
     return columns_database(source, **options)
