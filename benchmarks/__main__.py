@@ -11,7 +11,7 @@ from benchmarks import page
 
 _NAMES = (
     "imports", "unused", "nonfinite", "dispatch", "memory", "flat", "read", "write", "overlap",
-    "epoch", "ensemble", "ensemble_costs", "inferer", "micro_batching", "restart",
+    "epoch", "ensemble", "ensemble_costs", "inferer", "micro_batching", "restart", "assembly",
 )  # fmt: skip
 
 

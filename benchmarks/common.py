@@ -34,9 +34,9 @@ __all__ = [
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _PACKAGES = (
-    "jaxhandler", "jax", "jaxlib", "flax", "optax", "numpy", "keras",
-    "h5py", "onnx", "onnxruntime", "pyarrow", "safetensors", "tensorstore", "torch", "torchmb",
-    "tract", "zarr",
+    "jaxhandler", "jax", "jaxlib", "flax", "optax", "numpy", "keras", "ase", "h5py", "hippynn",
+    "matscipy", "numba", "onnx", "onnxruntime", "pyarrow", "safetensors", "scikit-learn",
+    "tensorstore", "torch", "torchmb", "tract", "vesin", "zarr",
 )  # fmt: skip
 
 Times = dict[str, list[float]]

@@ -137,7 +137,7 @@ class Epochs:
         stopping_key: The metric of "valid" that decides.
         splits: Those evaluated after each epoch.
         num_epochs: Epochs in all.
-        macrobatch_size: Rows on the device at once; None for 10,000 rows of the database.
+        macrobatch_size: Rows on the device at once; None for 10,000, and for fewer packs.
         shuffle: As `Trainer.train_from_host` takes it.
         accumulate: As `jh.trainer` takes it.
         on_nonfinite: As `jh.trainer` takes it.
@@ -173,13 +173,11 @@ class Epochs:
         in_database = len(database.splits["train"])
         packed = self._num_rows != in_database
         if macrobatch_size is None:
-            macrobatch_size = max(_MACROBATCH * self._num_rows // in_database, 1)
+            macrobatch_size = _whole_packs(self._num_rows, in_database) if packed else _MACROBATCH
         self._macrobatch_size = macrobatch_size
         one = patience(batch_size=1, eval_batch_size=1)
         self._controller = controller or (one if packed else patience())
-        # Epochs differ by a few packs, and a scan is compiled for their number.
-        mode = "loop" if packed else "auto"
-        self._building = {"accumulate": accumulate, "on_nonfinite": on_nonfinite, "mode": mode}
+        self._building = {"accumulate": accumulate, "on_nonfinite": on_nonfinite}
 
     def begin(self, state: FitState | None, params: Any, key: Any) -> FitState:
         """Returns the state that the first epoch starts from.
@@ -297,6 +295,16 @@ class Epochs:
 
         # Plans belong to one trainer's step: beside it in the cache, a second fit finds them.
         return self._plans.get(("fit", loss, optimizer, batch_size, *building.values()), build)
+
+
+def _whole_packs(packs: int, structures: int) -> int:
+    """Returns how many packs make a macrobatch: the same number in every epoch, none of them short.
+
+    A macrobatch is a scan and its rest a loop, and epochs differ by a few packs. So most packs
+    shall be in whole macrobatches, however many there are.
+    """
+    fitting = min(max(packs // 8, min(8, packs - 1)), _MACROBATCH * packs // structures)
+    return 2 ** (max(fitting, 1).bit_length() - 1)
 
 
 def _with_scale(state: TrainState, scale: float) -> TrainState:

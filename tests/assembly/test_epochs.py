@@ -95,12 +95,12 @@ def test_packs_are_the_same_whether_a_fit_was_stopped_or_not():
     assert orders(whole) == orders(parts)
 
 
-def test_one_plan_serves_however_many_packs_there_are():
+def test_plans_of_a_batch_and_of_a_macrobatch_serve_however_many_packs_there_are():
     plans, made = jh.PlanCache(), []
     fit(packs(made), 6, plans=plans)
     assert {len(rows) for rows in made} > {5, 6}
-    # The trainer and its batch, and an evaluator, whose own batch is in the modules' cache.
-    assert plans.stats().compiles == 3
+    # The trainer, its macrobatch and its batch, and an evaluator, whose plans are in the modules'.
+    assert plans.stats().compiles == 4
 
 
 def test_a_macrobatch_holds_as_many_structures_as_it_would_rows(monkeypatch):
