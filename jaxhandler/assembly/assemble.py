@@ -8,16 +8,18 @@ import jax.numpy as jnp
 
 from jaxhandler.assembly.evaluator import Evaluator, make_evaluator
 from jaxhandler.assembly.expressions import Applied, Expression, Truth, as_expression, walk
-from jaxhandler.assembly.metrics import Metrics, named_metrics
+from jaxhandler.assembly.metrics import Metrics, drawn_by, named_metrics
 from jaxhandler.assembly.model import Model, as_model
 from jaxhandler.assembly.needs import (
     Columns,
+    Needs,
     batch_spec,
     columns_of,
     find_needs,
     leaves_of,
     output_name,
     outputs_in,
+    targets_in,
 )
 from jaxhandler.assembly.terms import as_terms, batch_loss, batch_number
 from jaxhandler.errors import explain
@@ -109,25 +111,24 @@ def assemble_for_training(
     metrics = named_metrics(validation_losses, validation_names)
     plots = () if plot_maker is None else tuple(plot_maker.plots)
     model, columns = as_model(model), columns_of(specs)
-    drawn = [value for plot in plots for value in (*plot.values, plot.mask) if value is not None]
-    needs = find_needs([loss, *metrics.values(), *drawn], model, params, columns)
-    _check_shapes([loss, *metrics.values()], params, needs.shapes, columns)
-    model_fn = _fill(model, needs.outputs, needs.inputs, columns)
-    train_fn = _fill(model, outputs_in([loss]), needs.inputs, columns)
+    validated = [*metrics.values(), *map(drawn_by, plots)]
+    needs = find_needs([loss, *validated], model, params, columns)
+    _check_shapes([loss, *validated], params, needs.shapes, columns)
+    train_fn, evaluated = _fill(model, needs.of([loss]), columns), needs.of(validated)
 
     def loss_fn(params: Any, batch: Mapping[str, Any]) -> Any:
         return batch_loss(loss, leaves_of(train_fn(params, batch), batch), params)
 
     evaluator = make_evaluator(
-        model_fn,
+        _fill(model, evaluated, columns),
         Metrics(metrics, plots),
-        inputs=needs.inputs if needs.outputs else (),
-        targets=needs.targets,
+        inputs=evaluated.inputs,
+        targets=evaluated.targets,
         plot_maker=plot_maker,
-        batch_size=batch_size or (1 if columns.packed else 128),
+        batch_size=(1 if columns.packed else 128) if batch_size is None else batch_size,
     )
     db_info = generate_database_info(needs.inputs, needs.targets)
-    return TrainingModules(model_fn, loss_fn, evaluator), db_info
+    return TrainingModules(_fill(model, needs, columns), loss_fn, evaluator), db_info
 
 
 def determine_out_in_targ(
@@ -184,15 +185,15 @@ def generate_database_info(
     """
     found: dict[str, list[str]] = {}
     for kind, given in (("inputs", inputs), ("targets", targets)):
-        if isinstance(given, str | Expression):
+        if isinstance(given, str | Expression) or not isinstance(given, Iterable):
             raise TypeError(explain(kind, seen=repr(given), expected="several columns"))
-        names = {each: each.name if isinstance(each, Truth) else each for each in given}
-        unfound = [each for each, name in names.items() if not isinstance(name, str)]
+        names = [each.name if isinstance(each, Truth) else each for each in given]
+        unfound = [name for name in names if not isinstance(name, str)]
         if unfound and not allow_unfound:
             seen = ", ".join(map(str, unfound))
             fix = "Name the column of the data, or pass allow_unfound=True."
             raise ValueError(explain(kind, seen=seen, expected="names of columns", fix=fix))
-        found[kind] = sorted({name for name in names.values() if isinstance(name, str)})
+        found[kind] = sorted({name for name in names if isinstance(name, str)})
     return found
 
 
@@ -230,16 +231,12 @@ def build_loss_modules(
     metrics = named_metrics(validation_losses, None)
     every = [loss, *metrics.values()]
     for argument, needed, given in (
-        ("network_outputs", {output_name(part) for part in outputs_in(every)}, network_outputs),
-        (
-            "database_inputs",
-            {part.name for part in walk(*every) if isinstance(part, Truth)},
-            database_inputs,
-        ),
+        ("network_outputs", [output_name(part) for part in outputs_in(every)], network_outputs),
+        ("database_inputs", targets_in(every), database_inputs),
     ):
         there = sorted(given)
-        if missing := sorted(needed.difference(there)):
-            expected = f"{', '.join(sorted(needed))}, which the expressions name"
+        if missing := [name for name in needed if name not in there]:
+            expected = f"{', '.join(needed)}, which the expressions name"
             seen = f"{', '.join(there) or 'none'}, without {', '.join(missing)}"
             raise ValueError(explain(argument, seen=seen, expected=expected))
 
@@ -256,9 +253,10 @@ def build_loss_modules(
 
 
 def _fill(
-    model: Model, outputs: Sequence[Expression], inputs: Sequence[str], columns: Columns
+    model: Model, needs: Needs, columns: Columns
 ) -> Callable[[Any, Mapping[str, Any]], dict[str, Any]]:
     """Makes the function of some outputs, that takes the columns they depend on."""
+    inputs, outputs = needs.inputs, needs.outputs
     others = {name: columns.specs[name] for name in columns.inputs if name not in inputs}
 
     def model_fn(params: Any, inputs_given: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jaxhandler.assembly.expressions import (
     Reduced,
 )
 
-__all__ = ["Leaf", "aligned", "compute"]
+__all__ = ["Leaf", "aligned", "compute", "spread"]
 
 Leaf: TypeAlias = Callable[[Expression], Any]
 
@@ -28,7 +28,9 @@ _OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def compute(expression: Expression, leaf: Leaf) -> Any:
+def compute(
+    expression: Expression, leaf: Leaf, operand: Callable[[Any], Any] = lambda array: array
+) -> Any:
     """Computes an expression from its leaves.
 
     Arrays of fewer axes than others get more at the end, since rows come first: `[B]` divides
@@ -37,6 +39,7 @@ def compute(expression: Expression, leaf: Leaf) -> Any:
     Args:
         expression: What to compute.
         leaf: Gives what each name, gradient and term stands for.
+        operand: Prepares what `+ - * / **` join; functions get arrays as they are.
 
     Returns:
         An array or a number.
@@ -52,11 +55,12 @@ def compute(expression: Expression, leaf: Leaf) -> Any:
         case Number(value):
             return value
         case Negative(of):
-            return -compute(of, leaf)
+            return -operand(compute(of, leaf, operand))
         case Operation(symbol, left, right):
-            return _OPERATIONS[symbol](*aligned(compute(left, leaf), compute(right, leaf)))
+            sides = [operand(compute(side, leaf, operand)) for side in (left, right)]
+            return _OPERATIONS[symbol](*aligned(*sides))
         case Applied(fn, of):
-            return fn(*(compute(part, leaf) for part in of))
+            return fn(*(compute(part, leaf, operand) for part in of))
     return leaf(expression)
 
 
@@ -78,3 +82,28 @@ def aligned(*arrays: Any) -> list[Any]:
         array.reshape(*array.shape, *[1] * (most - np.ndim(array))) if np.ndim(array) else array
         for array in arrays
     ]
+
+
+def spread(xp: Any, array: Any, shape: tuple[int, ...]) -> Any:
+    """Returns an array repeated over the trailing axes of a shape that it lacks.
+
+    Args:
+        xp: `jax.numpy` or `numpy`.
+        array: An array or a scalar; more axes than `shape` has must be of size 1.
+        shape: Which.
+
+    Returns:
+        An array of that shape.
+
+    Raises:
+        ValueError: If it does not fit.
+
+    Example:
+        >>> spread(np, np.array([1, 2]), (2, 3))
+        array([[1, 1, 1],
+               [2, 2, 2]])
+    """
+    if all(size == 1 for size in array.shape[len(shape) :]):
+        array = array.reshape(tuple(array.shape[: len(shape)]))
+    missing = len(shape) - array.ndim if array.ndim else 0
+    return xp.broadcast_to(array.reshape((*array.shape, *[1] * missing)), shape)

@@ -1,7 +1,8 @@
 """The evaluator: metrics exact over all rows, the model on the device, the sums on the host."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +12,18 @@ import numpy as np
 from jaxhandler.assembly.metrics import Metrics
 from jaxhandler.assembly.needs import leaves_of
 from jaxhandler.data.database import Database
+from jaxhandler.data.selecting import select_columns
 from jaxhandler.data.sources import Source, open_source
-from jaxhandler.errors import a_type, check_count, explain
+from jaxhandler.errors import check_count, explain
 from jaxhandler.handlers.calculator import Calculator, calculator
 from jaxhandler.handlers.program import Program
 from jaxhandler.handlers.validator import check_rows
 from jaxhandler.typing import Placement
 
 __all__ = ["Evaluator", "make_evaluator"]
+
+# Rows whose columns are held at once where no model says how many.
+_PIECE = 10_000
 
 
 @dataclass(frozen=True)
@@ -200,24 +205,18 @@ class Evaluator(Calculator):
     def _collect(
         self, params: Any, data: Any, *, drawn: bool, **options: Any
     ) -> tuple[dict[str, Any], tuple[Any, ...]]:
-        needed = sorted({*self.inputs, *self.targets})
-        source = columns_source(data, needed)
-        check_rows(source)
         stacked = self.program.members is not None and self.program.row_axis == 1
         members = self.program.members if stacked and self.program.members else 1
         gathered = [self.metrics.init() for _ in range(members)]
-        truths = columns_source(source, self.targets) if self.targets else None
-        start = 0
-        for block in self._blocks(params, source, options):
-            rows = block if isinstance(block, int) else _rows(block, self.program.row_axis)
-            columns = truths.read(start, start + rows) if truths is not None else {}
-            outputs = {} if isinstance(block, int) else block
-            for member in range(members):
-                own = {name: out[member] for name, out in outputs.items()} if stacked else outputs
-                gathered[member] = self.metrics.update(
-                    gathered[member], leaves_of(own, columns), drawn=drawn and not member
-                )
-            start += rows
+        with contextlib.closing(self._blocks(params, data, options)) as blocks:
+            for outputs, columns in blocks:
+                for member in range(members):
+                    own = (
+                        {name: out[member] for name, out in outputs.items()} if stacked else outputs
+                    )
+                    gathered[member] = self.metrics.update(
+                        gathered[member], leaves_of(own, columns), drawn=drawn and not member
+                    )
         host = jax.device_get(params) if self.metrics.regularized() else ()
         each = [
             self.metrics.finish(
@@ -230,17 +229,24 @@ class Evaluator(Calculator):
         metrics = {name: np.array([one[name] for one in each]) for name in self.names}
         return metrics, gathered[0].plots
 
-    def _blocks(self, params: Any, source: Source, options: dict[str, Any]) -> Any:
-        """Yields outputs macrobatch by macrobatch; numbers of rows where there are none."""
-        if self.inputs:
-            inputs = columns_source(source, self.inputs)
-            yield from self.iter_from_host(params, inputs, **options)
+    def _blocks(
+        self, params: Any, data: Any, options: dict[str, Any]
+    ) -> Generator[tuple[dict[str, Any], dict[str, Any]], None, None]:
+        """Yields outputs and what they are compared with, macrobatch by macrobatch."""
+        if not self.inputs and not self.targets:
             return
-        for start in range(0, source.num_rows, _PIECE):
-            yield min(_PIECE, source.num_rows - start)
-
-
-_PIECE = 10_000
+        source = columns_source(data, sorted({*self.inputs, *self.targets}))
+        check_rows(source)
+        truths = columns_source(source, self.targets).read if self.targets else lambda *_: {}
+        if not self.inputs:
+            for start in range(0, source.num_rows, _PIECE):
+                yield {}, truths(start, min(start + _PIECE, source.num_rows))
+            return
+        start = 0
+        for outputs in self.iter_from_host(params, columns_source(source, self.inputs), **options):
+            stop = start + _num_rows(outputs, self.program.row_axis)
+            yield outputs, truths(start, stop)
+            start = stop
 
 
 def make_evaluator(
@@ -272,12 +278,12 @@ def make_evaluator(
     return build(calculator(model_fn, batch_size=batch_size).program._replace(build=build))
 
 
-def columns_source(data: Any, names: Any) -> Source:
+def columns_source(data: Any, names: Sequence[str]) -> Source:
     """Returns a source of some columns; others are not opened where that can be helped.
 
     Args:
         data: A dict of arrays, a path, a source, a database.
-        names: Which columns.
+        names: Which columns, at least one.
 
     Returns:
         A source of a dict.
@@ -290,23 +296,30 @@ def columns_source(data: Any, names: Any) -> Source:
         return data.source(columns=names)
     if isinstance(data, Mapping):
         _check_columns("data", data, names)
-        return open_source({name: data[name] for name in names or data})
+        return open_source({name: data[name] for name in names})
     source = data if isinstance(data, Source) else open_source(data)
-    if source.columns is None:
+    if not isinstance(source.specs, Mapping):
         fix = 'Pass a dict: {"x": x, "y": y}.'
-        seen = a_type(source.specs)
-        raise TypeError(explain(source.name, seen=seen, expected="columns by name", fix=fix))
+        text = explain(source.name, seen=str(source), expected="columns by name", fix=fix)
+        raise TypeError(text)
     _check_columns(source.name, source.specs, names)
-    return source.columns(names) if names else source
+    return select_columns(source, names)
 
 
-def _check_columns(argument: str, columns: Mapping[str, Any], names: Any) -> None:
+def _num_rows(outputs: Any, axis: int) -> int:
+    leaves = list(outputs.values()) if isinstance(outputs, Mapping) else [outputs]
+    if not isinstance(outputs, Mapping) or isinstance(leaves[0], Mapping):
+        fix = (
+            "Leave reduce out for metrics by member, or pass a function that averages each output."
+        )
+        seen, expected = "outputs that are not those of the model", "arrays by name"
+        raise TypeError(explain("reduce", seen=seen, expected=expected, fix=fix))
+    return leaves[0].shape[axis]
+
+
+def _check_columns(argument: str, columns: Mapping[str, Any], names: Sequence[str]) -> None:
     missing = [name for name in names if name not in columns]
     if missing:
         seen = f"no column {' and '.join(map(repr, missing))}"
         expected = f"{', '.join(names)}; there are {', '.join(sorted(columns))}"
         raise ValueError(explain(argument, seen=seen, expected=expected))
-
-
-def _rows(block: Mapping[str, Any], axis: int) -> int:
-    return next(iter(block.values())).shape[axis]

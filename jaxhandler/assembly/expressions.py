@@ -138,7 +138,7 @@ class Number(Expression):
     @property
     def level(self) -> int:
         """As tightly as a sign where it has one."""
-        return _SIGN if self.value < 0 else _ATOM
+        return _SIGN if str(self).startswith("-") else _ATOM
 
     def __str__(self) -> str:
         return repr(self.value)
@@ -340,8 +340,11 @@ def check_name(argument: str, name: object) -> str:
 def _as_number(value: Any) -> Number | None:
     if isinstance(value, np.integer | np.floating):
         value = value.item()
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    return Number(value) if numeric else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if value != value or abs(value) == float("inf"):
+        raise ValueError(explain("expression", seen=f"the number {value}", expected="a finite one"))
+    return Number(value)
 
 
 def _operation(symbol: str, left: Any, right: Any) -> Expression:

@@ -105,7 +105,8 @@ def rsq(prediction: Any, target: Any, *, mask: Any = None) -> Expression:
     1 less the sum of squared errors over that of squared distances of targets from their mean.
 
     As scikit-learn's `r2_score` of flattened arrays: both sums are over the same entries, with no
-    degree of freedom taken off.
+    degree of freedom taken off. Of targets that are all equal it is minus infinity, or NaN where
+    there is no error either; in a loss 1.
 
     Args:
         prediction: A value `[B, ...]`, `jh.pred("energy")` for instance.
@@ -253,7 +254,8 @@ def cross_entropy(logits: Any, labels: Any, *, mask: Any = None) -> Expression:
     Args:
         logits: A value `[B, ..., K]`, one for each of `K` classes.
         labels: A value `[B, ...]` of class numbers, integers of which those below zero are missing;
-            or `[B, ..., K]`, a probability for each class.
+            or `[B, ..., K]`, a probability for each class. Of a number of `K` or more that no mask
+            leaves out, NaN comes.
         mask: A value that is nonzero where entries count, of the same leading axes; None for all.
 
     Returns:
@@ -349,8 +351,9 @@ def apply(fn: Callable[..., Any], *parts: Any) -> Expression:
     per row `[B]`, a `jh.Mean`, or the mean of the batch as a scalar. A metric that is a scalar mean
     of a batch depends on how rows are cut into pieces unless it is linear; the others do not.
 
-    In metrics it is called on NumPy arrays, whole macrobatches of them. Labels that are missing
-    reach it as they are.
+    In metrics it is called on NumPy arrays, whole macrobatches of them. Floats reach it as float32
+    at least, as float64 in metrics, and all else as it is. Where it stands for a term, so do labels
+    that are missing; inside a term they are ones, and what is made of them is left out.
 
     Args:
         fn: A pure function of as many arrays or numbers.

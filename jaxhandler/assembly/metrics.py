@@ -1,6 +1,6 @@
 """Metrics over all rows, piece by piece: statistics of their terms and of plots, on the host."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from jaxhandler.assembly.terms import (
 )
 from jaxhandler.errors import a_type, explain
 
-__all__ = ["Metrics", "named_metrics"]
+__all__ = ["Metrics", "drawn_by", "named_metrics"]
 
 
 class Gathered(NamedTuple):
@@ -37,7 +37,7 @@ class Metrics(NamedTuple):
 
     Attributes:
         expressions: What `as_terms` gave, by name.
-        plots: Plots, each with `values`, `init`, `update`.
+        plots: Plots, each with `values`, `mask`, `init`, `update`.
     """
 
     expressions: Mapping[str, Expression]
@@ -67,9 +67,9 @@ class Metrics(NamedTuple):
             return Gathered(terms, gathered.plots)
         states = []
         for plot, state in zip(self.plots, gathered.plots, strict=True):
-            # Pairs must have one shape, as in a coefficient of determination.
-            kind = "rsq" if len(plot.values) == 2 else "mean"
-            entries, valid = entries_of(np, Term(kind, plot.values, plot.mask), leaf)
+            entries, valid = entries_of(np, drawn_by(plot), leaf)
+            for entry in entries:
+                valid = valid & ~np.isnan(entry)
             states.append(plot.update(state, *(entry[valid] for entry in entries)))
         return Gathered(terms, tuple(states))
 
@@ -104,8 +104,13 @@ class Metrics(NamedTuple):
         return any(isinstance(part, Regularizer) for part in parts)
 
 
+def drawn_by(plot: Any) -> Term:
+    """Returns what names the entries that a plot draws: those of its values, of one shape."""
+    return Term("plot", tuple(plot.values), plot.mask)
+
+
 def named_metrics(
-    losses: Mapping[str, Any] | Sequence[Any], names: Sequence[str] | None
+    losses: Mapping[str, Any] | Sequence[Any], names: Iterable[str] | None
 ) -> dict[str, Expression]:
     """Returns validation losses by name.
 
@@ -117,7 +122,7 @@ def named_metrics(
         What `as_terms` makes of them.
 
     Raises:
-        TypeError: If one is no expression of terms, or a name is no string.
+        TypeError: If one is no expression of terms, or names are no strings.
         ValueError: If names come with a mapping, are too few or too many, or not unique.
     """
     argument = "validation_losses"
@@ -132,9 +137,13 @@ def named_metrics(
             raise ValueError(explain("validation_names", seen=seen, expected="None", fix=fix))
         losses, names = list(losses.values()), list(losses)
     if names is not None:
-        if isinstance(names, str) or len(names) != len(losses):
-            seen = repr(names) if isinstance(names, str) else f"{len(names)} names"
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            expected = "several names"
+            raise TypeError(explain("validation_names", seen=repr(names), expected=expected))
+        names = list(names)
+        if len(names) != len(losses):
             expected = f"{len(losses)}, one for each loss"
+            seen = f"{len(names)}: {', '.join(map(repr, names)) or 'none'}"
             raise ValueError(explain("validation_names", seen=seen, expected=expected))
         for name in names:
             if not isinstance(name, str):
@@ -146,7 +155,7 @@ def named_metrics(
         if name in metrics:
             fix = "Give each loss a name of its own."
             seen = f"{name!r} twice"
-            raise ValueError(explain("validation_names", seen=seen, expected="names", fix=fix))
+            raise ValueError(explain("validation_names", seen=seen, expected="each once", fix=fix))
         given = as_expression(f"{argument}[{name!r}]", loss)
         metrics[name] = as_terms(f"{argument}[{name!r}]", given)
     return metrics

@@ -117,7 +117,12 @@ class Model:
         if not gradients:
             return self._outputs(params, inputs), {}
         at = {}
+        named = {column: name for name, column in self.columns.items()}
         for part in gradients:
+            if part.wrt in named and part.wrt not in self.columns:
+                seen, name = f"wrt={part.wrt!r}, which is a column", named[part.wrt]
+                expected = f"the input that the function reads it as, wrt={name!r}"
+                raise ValueError(explain(str(part), seen=seen, expected=expected))
             if part.wrt not in inputs:
                 expected = f"an input; there are {', '.join(sorted(inputs))}"
                 raise ValueError(explain(str(part), seen=f"wrt={part.wrt!r}", expected=expected))
@@ -129,8 +134,11 @@ class Model:
 
         def some(at: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             outputs = self._outputs(params, {**inputs, **at})
-            for name in names:
-                _check_output("gradient", name, outputs)
+            for part in gradients:
+                _check_output(str(part), part.name, outputs)
+                if not jnp.issubdtype(dtype := jnp.result_type(outputs[part.name]), jnp.floating):
+                    seen = f"an output of {dtype}"
+                    raise ValueError(explain(str(part), seen=seen, expected="one of floats"))
             return {name: outputs[name] for name in names}, outputs
 
         # One pass forward for all of them, whose outputs are the model's own.
@@ -157,7 +165,8 @@ class Model:
             return {self.outputs: outputs}
         if not isinstance(outputs, Mapping):
             fix = 'Name its only output: jh.model(fn, outputs="y").'
-            text = explain("model", seen=a_type(outputs), expected="a dict of outputs", fix=fix)
+            seen = "an array" if hasattr(outputs, "dtype") else a_type(outputs)
+            text = explain("model", seen=seen, expected="a dict of outputs", fix=fix)
             raise TypeError(text)
         return dict(outputs)
 
@@ -260,14 +269,14 @@ def _input(inputs: dict[str, Any], name: str) -> Any:
 
 
 def _missing(name: str, inputs: Iterable[str]) -> str:
-    fix = f'Say which column it is: jh.model(fn, columns={{"{name}": "..."}}).'
+    fix = f'If it is a column, say which: jh.model(fn, columns={{"{name}": "..."}}).'
     if name.startswith("pair_"):
         fix = "Find pairs first: jh.precompute_pairs(database, cutoff)."
-    expected = f"one of {', '.join(sorted(inputs)) or 'none'}"
-    return explain("model", seen=f"a look for the column {name!r}", expected=expected, fix=fix)
+    expected = f"an input, of which there are {', '.join(sorted(inputs)) or 'none'}"
+    return explain("model", seen=f"a look for {name!r}", expected=expected, fix=fix)
 
 
 def _check_output(argument: str, name: str, outputs: Iterable[str]) -> None:
     if name not in outputs:
-        expected = f"an output of the model; it gives {', '.join(sorted(outputs))}"
+        expected = f"an output of the model; it gives {', '.join(sorted({*outputs}))}"
         raise ValueError(explain(argument, seen=repr(name), expected=expected))

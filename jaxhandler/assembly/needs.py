@@ -1,6 +1,6 @@
 """Which outputs, inputs and targets expressions need: names from them, the rest from a trace."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ __all__ = [
     "leaves_of",
     "output_name",
     "outputs_in",
+    "targets_in",
 ]
 
 
@@ -52,12 +53,20 @@ class Needs(NamedTuple):
         outputs: Predictions and gradients.
         targets: Columns that are compared with.
         shapes: Outputs' `jax.ShapeDtypeStruct` by name, `[B, ...]`.
+        inputs_of: Gives the columns that some of the outputs depend on, sorted.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[Expression, ...]
     targets: tuple[str, ...]
     shapes: dict[str, jax.ShapeDtypeStruct]
+    inputs_of: Callable[[Iterable[Expression]], tuple[str, ...]]
+
+    def of(self, expressions: Iterable[Expression]) -> "Needs":
+        """Returns what some of the expressions need."""
+        outputs, targets = outputs_in(expressions), targets_in(expressions)
+        inputs = self.inputs_of(outputs) or self.inputs[:1] if outputs else ()
+        return self._replace(inputs=inputs, outputs=outputs, targets=targets)
 
 
 def columns_of(specs: Any) -> Columns:
@@ -121,7 +130,7 @@ def find_needs(
         ValueError: If a column or an output is not there; names it and those that are.
     """
     expressions = list(expressions)
-    targets = sorted({part.name for part in walk(*expressions) if isinstance(part, Truth)})
+    targets = targets_in(expressions)
     missing = [name for name in targets if name not in columns.targets]
     if missing:
         fix = "Rename the column in the expression, or add it to the data."
@@ -136,7 +145,10 @@ def find_needs(
         raise ValueError(explain(columns.name, seen=seen, expected=expected, fix=fix))
     outputs = outputs_in(expressions)
     if not outputs:
-        return Needs((), (), tuple(targets), {})
+        return Needs((), (), targets, {}, lambda wanted: ())
+    if not columns.inputs:
+        expected = "at least one, for the model"
+        raise ValueError(explain(columns.name, seen="no column of inputs", expected=expected))
     rows = _trace_rows(columns)
     given = {name: batch_spec(columns.specs[name], rows) for name in sorted(columns.inputs)}
     run = lambda params, given: model.compute(params, given, outputs)  # noqa: E731
@@ -148,12 +160,16 @@ def find_needs(
             fix = "Keep the row axis first."
             text = explain(f"output {name!r}", seen=seen, expected="rows first, [B, ...]", fix=fix)
             raise ValueError(text)
-    jaxpr = closed.jaxpr
-    _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    lives = used[len(used) - len(given) :]
-    live = [name for name, is_live in zip(given, lives, strict=True) if is_live]
+
+    def inputs_of(wanted: Iterable[Expression]) -> tuple[str, ...]:
+        names = set(map(output_name, wanted))
+        _, used = dce_jaxpr(closed.jaxpr, [name in names for name in sorted(shapes)])
+        lives = used[len(used) - len(given) :]
+        return tuple(name for name, live in zip(given, lives, strict=True) if live)
+
     # Rows must be counted by something, even where no value matters.
-    return Needs(tuple(live or [*given][:1]), outputs, tuple(targets), shapes)
+    smallest = sorted(given, key=lambda name: given[name].size * given[name].dtype.itemsize)[:1]
+    return Needs(inputs_of(outputs) or tuple(smallest), outputs, targets, shapes, inputs_of)
 
 
 def batch_spec(spec: jax.ShapeDtypeStruct, rows: int) -> jax.ShapeDtypeStruct:
@@ -172,6 +188,18 @@ def outputs_in(expressions: Iterable[Expression]) -> tuple[Expression, ...]:
     """
     parts = {part for part in walk(*expressions) if isinstance(part, Prediction | Gradient)}
     return tuple(sorted(parts, key=output_name))
+
+
+def targets_in(expressions: Iterable[Expression]) -> tuple[str, ...]:
+    """Returns the columns that expressions compare with, sorted.
+
+    Args:
+        expressions: Losses, metrics, values.
+
+    Returns:
+        Each once.
+    """
+    return tuple(sorted({part.name for part in walk(*expressions) if isinstance(part, Truth)}))
 
 
 def output_name(part: Expression) -> str:

@@ -1,5 +1,6 @@
 """Terms as they are computed: which entries of which values count, and what they add up to."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,20 +8,22 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhandler.assembly.computing import Leaf, aligned, compute
+from jaxhandler.assembly.computing import Leaf, compute, spread
 from jaxhandler.assembly.expressions import (
     Applied,
     Expression,
+    Gradient,
     Negative,
     Number,
     Operation,
+    Prediction,
     Reduced,
     Truth,
     walk,
 )
-from jaxhandler.assembly.kinds import KINDS, MEANS, ShapesError, labelled, real
+from jaxhandler.assembly.kinds import KINDS, MEANS, UnfitError, labelled, real, wide
 from jaxhandler.assembly.statistics import MEAN
-from jaxhandler.errors import explain
+from jaxhandler.errors import a_type, explain
 from jaxhandler.trees import leaves_with_paths
 from jaxhandler.typing import Mean
 
@@ -34,6 +37,8 @@ __all__ = [
     "entries_of",
     "number_of",
 ]
+
+_MEANS = "one value per row [B], a scalar mean of the batch, or a jh.Mean of scalars"
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,7 +93,7 @@ class Term(Reduced):
         kind = KINDS[self.kind]
         if ddof := dict(self.options).get("ddof"):
             # Squared distances are divided by the entries less so many.
-            statistics = statistics._replace(count=statistics.count - ddof)
+            statistics = statistics._replace(count=xp.maximum(statistics.count - ddof, 0))
         return kind.finish(xp, kind.statistic.finish(xp, statistics))
 
 
@@ -98,23 +103,31 @@ class AppliedTerm(Applied, Reduced):
 
     def gather(self, xp: Any, leaf: Leaf) -> Mean:
         """Returns the mean that the function's result stands for."""
-        values = [compute(part, leaf) for part in self.parts]
-        rows = next(np.shape(value)[0] for value in values if np.ndim(value))
-        result = self.fn(*values)
+        rows: set[int] = set()
+
+        def known(part: Expression) -> Any:
+            array = wide(xp, leaf(part))
+            rows.add(array.shape[0])
+            return array
+
+        operand = functools.partial(real, xp)
+        result = self.fn(*(compute(part, known, operand) for part in self.parts))
+        parts = result if isinstance(result, Mean) else (result,)
+        for part in parts:
+            if not isinstance(part, int | float) and not hasattr(part, "dtype"):
+                raise TypeError(explain(str(self), seen=a_type(part), expected=_MEANS))
+        arrays = [real(xp, xp.asarray(part)) for part in parts]
+        shapes = [()] if isinstance(result, Mean) else [(), *((size,) for size in rows)]
+        for array in arrays:
+            if array.shape not in shapes:
+                seen = f"the shape {list(array.shape)} for {max(rows)} rows"
+                fix = "Take the mean over the other axes inside the function."
+                raise ValueError(explain(str(self), seen=seen, expected=_MEANS, fix=fix))
         if isinstance(result, Mean):
-            return Mean(*(real(xp, xp.asarray(part)) for part in result))
-        result = real(xp, xp.asarray(result))
-        if result.shape not in ((), (rows,)):
-            raise ValueError(
-                explain(
-                    str(self),
-                    seen=f"the shape {list(result.shape)} for {rows} rows",
-                    expected="one value per row [B], a scalar mean of the batch, or a jh.Mean",
-                    fix="Take the mean over the other axes inside the function.",
-                )
-            )
-        count = xp.asarray(rows, result.dtype)
-        return Mean(result.sum() if result.ndim else result * count, count)
+            return Mean(*arrays)
+        (value,) = arrays
+        count = xp.asarray(max(rows), value.dtype)
+        return Mean(value.sum() if value.ndim else value * count, count)
 
     def merge(self, a: Mean, b: Mean) -> Mean:
         """Returns the mean over the rows of both."""
@@ -137,13 +150,17 @@ class Regularizer(Reduced):
 
     def of(self, xp: Any, params: Any) -> Any:
         """Returns it for parameters."""
-        total = xp.zeros((), xp.float64 if xp is np else xp.float32)
+        total, found = 0.0, False
         for path, leaf in leaves_with_paths(params):
-            floating = jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating)
+            floating = jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact)
             if floating and self.matching in path:
-                leaf = real(xp, xp.asarray(leaf))
-                each = abs(leaf) if self.kind == "l1reg" else leaf**2
-                total = total + each.sum()
+                leaf = abs(wide(xp, leaf))
+                total += (leaf if self.kind == "l1reg" else leaf**2).sum()
+                found = True
+        if self.matching and not found:
+            paths = ", ".join(path for path, _ in leaves_with_paths(params))
+            expected = f"part of the path of a leaf of floats; there are {paths or 'no leaves'}"
+            raise ValueError(explain(str(self), seen=repr(self.matching), expected=expected))
         return total
 
 
@@ -172,7 +189,9 @@ def as_terms(argument: str, expression: Expression) -> Expression:
         case Applied(fn, parts) if any(isinstance(part, Reduced) for part in walk(*parts)):
             return Applied(fn, tuple(as_terms(argument, part) for part in parts))
         case Applied(fn, parts):
-            return AppliedTerm(fn, parts)
+            return _with_rows(argument, AppliedTerm(fn, parts))
+        case Regularizer():
+            return expression
         case Reduced():
             for part in walk(*expression.parts):
                 if isinstance(part, Reduced):
@@ -180,7 +199,7 @@ def as_terms(argument: str, expression: Expression) -> Expression:
                     seen = f"{part} inside {expression}"
                     text = explain(argument, seen=seen, expected="values in a term", fix=fix)
                     raise TypeError(text)
-            return expression
+            return _with_rows(argument, expression)
     fix = f"Say how its rows become one number: jh.losses.mean({expression}), for instance."
     seen = f"{expression}, which has rows"
     raise TypeError(explain(argument, seen=seen, expected="a term, as in jh.losses", fix=fix))
@@ -222,7 +241,7 @@ def batch_number(expression: Expression, leaf: Leaf, params: Any) -> Any:
         assert isinstance(part, Term | AppliedTerm)
         return part.finish(jnp, part.gather(jnp, leaf))
 
-    return jnp.asarray(compute(expression, term), jnp.float32)
+    return real(jnp, jnp.asarray(compute(expression, term)))
 
 
 def number_of(expression: Expression, statistics: Mapping[Expression, Any], params: Any) -> float:
@@ -261,37 +280,70 @@ def entries_of(xp: Any, term: Term, leaf: Leaf) -> tuple[tuple[Any, ...], Any]:
     Raises:
         ValueError: If the shapes of its values do not fit each other.
     """
-    kind, present = KINDS[term.kind], []
+    kind, operand = KINDS[term.kind], functools.partial(real, xp)
+    arrays: dict[Expression, Any] = {}
+    for part in walk(*term.parts):
+        if isinstance(part, Prediction | Truth | Gradient) and part not in arrays:
+            arrays[part] = wide(xp, leaf(part))
+    rows = {array.shape[0] for array in arrays.values()}
+    present = [
+        ~xp.isnan(array)
+        for part, array in arrays.items()
+        if isinstance(part, Truth) and jnp.issubdtype(array.dtype, jnp.inexact)
+    ]
+    hidden = list(present)
 
     def known(part: Expression) -> Any:
-        array = leaf(part)
-        if isinstance(part, Truth) and jnp.issubdtype(array.dtype, jnp.floating):
-            missing = xp.isnan(array)
-            present.append(~missing)
-            # One harms neither a division nor a logarithm; and where it stands does not count.
-            array = xp.where(missing, xp.ones((), array.dtype), array)
-        return array
+        return functools.reduce(functools.partial(_with_ones, xp), hidden, arrays[part])
 
-    values = [compute(value, lambda part: real(xp, known(part))) for value in term.values[:1]]
-    for value in term.values[1:]:
-        convert = (lambda xp, array: array) if kind.classes else real
-        values.append(compute(value, lambda part, to=convert: to(xp, known(part))))
+    mask = None if term.mask is None else xp.asarray(compute(term.mask, known, operand), bool)
+    if mask is not None:
+        hidden.append(mask)
+    values = [xp.asarray(compute(value, known, operand)) for value in term.values]
+    if kind.classes:
+        present += labelled(values[1])
+    floats = [real(xp, value) for value in values[: 1 if kind.classes else None]]
     try:
-        entries = kind.entries(xp, *values)
-    except ShapesError as error:
-        shapes = ", ".join(f"{list(np.shape(value))}" for value in values)
-        text = explain(str(term), seen=f"values of shapes {shapes}", expected=str(error))
+        entries = kind.entries(xp, *floats, *values[len(floats) :])
+        if not all(jnp.issubdtype(entry.dtype, jnp.floating) for entry in entries):
+            raise UnfitError("real numbers: apply jnp.real, jnp.imag or jnp.abs")
+        if entries[0].shape[:1] not in {(size,) for size in rows}:
+            raise UnfitError(f"one for each of {max(rows)} rows, [B, ...]")
+    except UnfitError as error:
+        shapes = ", ".join(f"{value.dtype}{list(value.shape)}" for value in values)
+        text = explain(str(term), seen=f"values {shapes}", expected=str(error))
         raise ValueError(text) from None
-    if term.mask is not None:
-        present.append(compute(term.mask, leaf) != 0)
     shape = entries[0].shape
     valid = xp.ones(shape, bool)
-    for each in [*present, *(() if not kind.classes else labelled(values[1]))]:
+    for each in present:
+        # Axes that entries do not have were used up to make them.
         extra = tuple(range(len(shape), each.ndim))
-        each = each.all(axis=extra) if extra else aligned(each, entries[0])[0]
+        each = each.all(axis=extra)
+        if any(size not in (1, like) for size, like in zip(each.shape, shape, strict=False)):
+            each = each.all(axis=tuple(range(1, each.ndim)))
+        valid = valid & spread(xp, each, shape)
+    if mask is not None:
         try:
-            valid = valid & xp.broadcast_to(each, shape)
+            valid = valid & spread(xp, mask, shape)
         except ValueError:
-            seen = f"a mask {list(each.shape)} for entries {list(shape)}"
-            raise ValueError(explain(str(term), seen=seen, expected="shapes that fit")) from None
+            seen = f"a mask {list(mask.shape)} for entries {list(shape)}"
+            expected = "a mask of the same leading axes"
+            raise ValueError(explain(str(term), seen=seen, expected=expected)) from None
     return entries, valid
+
+
+def _with_ones(xp: Any, array: Any, valid: Any) -> Any:
+    """Puts ones where no entry counts: they harm neither a division nor a gradient through it."""
+    valid = valid.any(axis=tuple(range(array.ndim, valid.ndim)))
+    if any(size not in (1, like) for size, like in zip(valid.shape, array.shape, strict=False)):
+        valid = valid.any(axis=tuple(range(1, valid.ndim)))
+    if valid.shape[:1] not in ((1,), array.shape[:1]):
+        return array
+    return xp.where(spread(xp, valid, array.shape), array, xp.ones((), array.dtype))
+
+
+def _with_rows(argument: str, term: Expression) -> Expression:
+    if all(isinstance(part, Number | Operation | Negative | Applied) for part in walk(*term.parts)):
+        expected = "a value with rows, jh.pred or jh.true, in it"
+        raise TypeError(explain(argument, seen=str(term), expected=expected))
+    return term
