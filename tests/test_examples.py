@@ -92,6 +92,20 @@ def test_the_sweep_runs_with_few_looks_and_cleans_up(folder: Path, scratch: Path
     assert not list(scratch.glob("jaxhandler-*"))
 
 
+def test_the_atoms_move_by_a_network_hardly_trained_and_keep_their_energy(
+    folder: Path, scratch: Path
+) -> None:
+    short = {"ATOMISTIC_CELLS": "40", "ATOMISTIC_EPOCHS": "2", "ATOMISTIC_STEPS": "40"}
+    printed = run("atomistic.py", folder, **short)
+    varies = r"kinetic energy varies by (\d+\.\d+) meV/atom, the total energy by (\d+\.\d+)"
+    found = re.search(varies, printed)
+    assert found, printed
+    assert float(found[2]) < float(found[1]) / 20
+    assert re.search(r"forces meV/Å +\d+\.\d +\d+\.\d +\d+\.\d", printed)
+    assert [path.name for path in folder.iterdir()] == ["atomistic.png"]
+    assert not list(scratch.glob("jaxhandler-*"))
+
+
 @pytest.mark.slow
 def test_the_quickstart_reads_97_of_100_held_out_digits(tmp_path: Path) -> None:
     assert accuracy_in(run("quickstart.py", tmp_path)) >= 97

@@ -259,6 +259,13 @@ def _fill(
     inputs, outputs = needs.inputs, needs.outputs
     others = {name: columns.specs[name] for name in columns.inputs if name not in inputs}
 
+    def known_sizes(shape: tuple[int, ...], given: Mapping[str, Any]) -> tuple[int, ...]:
+        """Sizes of packs may be others than they were; columns of one size have one still."""
+        if not columns.packed:
+            return shape
+        sizes = {columns.specs[name].shape[1]: column.shape[1] for name, column in given.items()}
+        return (sizes.get(shape[0], shape[0]), *shape[1:])
+
     def model_fn(params: Any, inputs_given: Mapping[str, Any]) -> dict[str, Any]:
         if not outputs:
             return {}
@@ -271,7 +278,8 @@ def _fill(
         rows = jax.tree.leaves(given)[0].shape[0]
         # The function may look at columns on which nothing depends that anybody asks for.
         unread = {
-            name: jnp.zeros((rows, *spec.shape[1:]), spec.dtype) for name, spec in others.items()
+            name: jnp.zeros((rows, *known_sizes(spec.shape[1:], given)), spec.dtype)
+            for name, spec in others.items()
         }
         return model.compute(params, unread | given, outputs)
 

@@ -165,11 +165,44 @@ def find_needs(
         names = set(map(output_name, wanted))
         _, used = dce_jaxpr(closed.jaxpr, [name in names for name in sorted(shapes)])
         lives = used[len(used) - len(given) :]
-        return tuple(name for name, live in zip(given, lives, strict=True) if live)
+        live = {name for name, live in zip(given, lives, strict=True) if live}
+        return tuple(sorted(live.union(sizes)))
 
+    sizes: list[str] = []
+    if columns.packed:
+        sizes += _sizing(lambda given: run(params, given), given, inputs_of(outputs), shapes)
     # Rows must be counted by something, even where no value matters.
-    smallest = sorted(given, key=lambda name: given[name].size * given[name].dtype.itemsize)[:1]
-    return Needs(inputs_of(outputs) or tuple(smallest), outputs, targets, shapes, inputs_of)
+    inputs = inputs_of(outputs) or (_smallest(given),)
+    return Needs(inputs, outputs, targets, shapes, inputs_of)
+
+
+def _sizing(
+    run: Callable[[Any], Any], given: dict[str, Any], live: tuple[str, ...], shapes: Any
+) -> list[str]:
+    """Returns columns of packs that no output depends on, but whose size the outputs have.
+
+    Packs of a database may be made larger later. So a model that counts structures by a column
+    needs one of that size, even where it computes with none.
+    """
+    known, found = {given[name].shape[1] for name in live}, []
+    for size in sorted({spec.shape[1] for spec in given.values()} - known):
+        larger = {
+            name: jax.ShapeDtypeStruct((spec.shape[0], size + 1, *spec.shape[2:]), spec.dtype)
+            for name, spec in given.items()
+            if spec.shape[1] == size
+        }
+        try:
+            same = jax.eval_shape(run, given | larger) == shapes
+        except Exception:  # Whatever the function makes of sizes that do not fit each other.
+            same = False
+        if not same:
+            found.append(_smallest({name: given[name] for name in larger}))
+    return found
+
+
+def _smallest(columns: Mapping[str, Any]) -> str:
+    size = lambda name: columns[name].size * columns[name].dtype.itemsize  # noqa: E731
+    return min(sorted(columns), key=size)
 
 
 def batch_spec(spec: jax.ShapeDtypeStruct, rows: int) -> jax.ShapeDtypeStruct:

@@ -174,3 +174,30 @@ def test_a_database_says_what_may_be_input_and_target():
 def test_specs_are_columns_by_name(specs, error, message):
     with pytest.raises(error, match=message):
         needs(through(lambda x, z: (x, z)), specs=specs)
+
+
+def test_a_column_that_only_counts_the_structures_of_packs_is_an_input() -> None:
+    """Else packs of another size would give outputs of the size that was assembled with."""
+    data = {"num_atoms": np.tile([1, 3], 9), "charge": np.ones(36, np.float32)}
+    database = jh.database(data, splits={})
+
+    def charges(params, pack):
+        slots = len(pack["structure_mask"])
+        total = jax.ops.segment_sum(pack["charge"], pack["atom_structure"], slots)
+        return {"total": params * total, "all": pack["charge"].sum()}
+
+    model = jh.model(charges, per_row=True)
+
+    def needed(name):
+        loss = jh.losses.mean(jh.pred(name))
+        few = database.packed(3)
+        return jh.assemble_for_training(loss, [loss], model=model, params=1.0, specs=few)
+
+    modules, db_info = needed("total")
+    assert db_info["inputs"] == ["atom_structure", "charge", "structure_mask"]
+    assert needed("all")[1]["inputs"] == ["charge"]
+    many = database.packed(9)
+    pack = many.source(columns=db_info).read(0, 1)
+    total = modules.model(1.0, pack)["total"]
+    assert total.shape == (1, many.packing.structures) != (1, database.packed(3).packing.structures)
+    assert float(total.sum()) == np.nansum(pack["charge"])
