@@ -10,8 +10,9 @@ from pathlib import Path
 from benchmarks import page
 
 _NAMES = (
-    "imports", "unused", "nonfinite", "dispatch", "memory", "flat", "read", "write", "overlap",
-    "epoch", "ensemble", "ensemble_costs", "inferer", "micro_batching", "restart", "assembly",
+    "imports", "unused", "nonfinite", "durable", "dispatch", "memory", "flat", "read", "write",
+    "overlap", "epoch", "ensemble", "ensemble_costs", "inferer", "micro_batching", "restart",
+    "assembly",
 )  # fmt: skip
 
 

@@ -24,6 +24,9 @@ from jaxhandler.assembly.plot_maker import PlotMaker as PlotMaker
 from jaxhandler.assembly.plot_maker import plot_maker as plot_maker
 from jaxhandler.assembly.routines import FitResult as FitResult
 from jaxhandler.assembly.routines import fit as fit
+from jaxhandler.checkpointing.checkpoint import Checkpoint as Checkpoint
+from jaxhandler.checkpointing.checkpoint import checkpoint as checkpoint
+from jaxhandler.checkpointing.checkpoint import load_state as load_state
 from jaxhandler.data.atoms import AtomsDatabase as AtomsDatabase
 from jaxhandler.data.database import Database as Database
 from jaxhandler.data.opening import database as database
@@ -104,6 +107,7 @@ __all__ = [
     "BatchedModels",
     "BatcherStats",
     "Calculator",
+    "Checkpoint",
     "Database",
     "EarlyStopping",
     "Evaluator",
@@ -149,6 +153,7 @@ __all__ = [
     "cast",
     "check_isolation",
     "check_row_independence",
+    "checkpoint",
     "controllers",
     "copy_rows",
     "data_size",
@@ -167,6 +172,7 @@ __all__ = [
     "handler",
     "init_members",
     "load_inferer",
+    "load_state",
     "losses",
     "map_data",
     "memoizing_inferer",

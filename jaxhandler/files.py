@@ -15,6 +15,7 @@ from jaxhandler.errors import explain
 __all__ = [
     "MANIFEST",
     "atomic_write",
+    "blaming",
     "checksum",
     "manifest_of",
     "partial_of",
@@ -24,6 +25,7 @@ __all__ = [
     "remove",
     "replaced_of",
     "seal",
+    "sync_file",
     "sync_folder",
     "write_manifest",
 ]
@@ -61,12 +63,35 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         yield fresh
-        with open(fresh, "rb") as file:
-            os.fsync(file.fileno())
+        sync_file(fresh)
         os.replace(fresh, target)
     finally:
         fresh.unlink(missing_ok=True)
     sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """Names `path` in an OSError of the block that names no file: that of a full disk, mostly.
+
+    Example:
+        >>> with blaming(Path("rows.npy")):
+        ...     raise OSError(28, "No space left on device")
+        Traceback (most recent call last):
+        OSError: [Errno 28] No space left on device: 'rows.npy'
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def sync_file(path: Path) -> None:
+    """Makes what has been written to a file last."""
+    with open(path, "rb") as file, blaming(path):
+        os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
@@ -132,9 +157,8 @@ def seal(path: Path, checksums: Mapping[Path, str]) -> dict[str, dict[str, Any]]
         if file.is_dir():
             sync_folder(file)
             continue
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-            size = os.fstat(opened.fileno()).st_size
+        sync_file(file)
+        size = file.stat().st_size
         entries[name] = {"bytes": size, "crc32": checksums.get(file) or checksum(file)}
     return entries
 
@@ -257,7 +281,7 @@ def publish(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def recover(path: Path) -> None:
-    """Ends a `publish` that was killed when all bytes were written and `path` was absent.
+    """Ends a `publish` that was killed when all bytes were written.
 
     Args:
         path: Where the output shall appear; nothing happens where there is nothing to move.
@@ -266,11 +290,23 @@ def recover(path: Path) -> None:
         OSError: If the output cannot be moved.
         ValueError: If its manifest is damaged.
     """
-    if path.exists() or not partial_of(path).exists():
+    partial = partial_of(path)
+    if path.exists() == partial.exists():
         return
-    manifest = read_manifest(manifest_of(partial_of(path)))
-    if manifest is not None and manifest.get("complete") is True:
+    manifest = read_manifest(manifest_of(partial))
+    if manifest is None or manifest.get("complete") is not True:
+        return
+    if partial.exists():
         publish(path, manifest)
+    elif not manifest_of(path).exists() and _is_of(manifest, path):
+        # Of a file, only the manifest had not moved yet.
+        os.replace(manifest_of(partial), manifest_of(path))
+        sync_folder(path.parent)
+
+
+def _is_of(manifest: dict[str, Any], path: Path) -> bool:
+    entry = manifest.get("files", {}).get(path.name, {})
+    return path.is_file() and entry.get("bytes") == path.stat().st_size
 
 
 def remove(path: Path) -> None:

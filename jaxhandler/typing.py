@@ -78,6 +78,7 @@ class RunReport:
         compute: Seconds the device was busy with steps.
         write: Seconds fetching outputs and writing them to the sink.
         wait: Seconds the loop waited for rows.
+        commit: Seconds that commits of a checkpoint held the loop up.
         total: Seconds from start to end.
         rows: Rows visited.
         compiles: Plans compiled during the run.
@@ -99,6 +100,7 @@ class RunReport:
     compute: float = 0.0
     write: float = 0.0
     wait: float = 0.0
+    commit: float = 0.0
     total: float = 0.0
     rows: int = 0
     compiles: int = 0

@@ -287,6 +287,21 @@ def test_recovering_moves_only_what_is_complete_to_where_nothing_is(output):
     assert read() == "new"
 
 
+def test_recovering_moves_a_manifest_that_was_left_behind(tmp_path):
+    path = tmp_path / "rows.npy"
+    path.write_text("new")
+    left = files.manifest_of(files.partial_of(path))
+    manifest = {"complete": True, "files": {"rows.npy": {"bytes": 4, "crc32": "00000000"}}}
+    files.write_manifest(left, manifest)
+    files.recover(path)
+    # Of another file.
+    assert not files.manifest_of(path).exists()
+    path.write_text("four")
+    files.recover(path)
+    assert files.read_manifest(files.manifest_of(path))["complete"]
+    assert not left.exists()
+
+
 def test_removing_takes_files_folders_and_what_is_not_there(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder" / "inner").mkdir(parents=True)

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "jaxhandler"
 
 # Floor by floor, from the ground up: the modules and packages of jaxhandler.
 FLOORS = (
-    {"errors", "files", "tally", "trees", "typing"},
+    {"errors", "files", "tally", "tensors", "trees", "typing", "versions"},
     {"checkpointing", "plans"},
     {"data", "models"},
     {"handlers"},

@@ -13,7 +13,7 @@ from jaxhandler import files
 from jaxhandler.data.buffers import aligned_empty
 from jaxhandler.data.sources import open_source
 from jaxhandler.data.writers.arrow import ARROW, PARQUET
-from jaxhandler.data.writers.format import Format, Writer, describe
+from jaxhandler.data.writers.format import Format, Resumable, Writer, describe
 from jaxhandler.data.writers.hdf5 import HDF5
 from jaxhandler.data.writers.npy import NPY, NPY_FOLDER
 from jaxhandler.data.writers.zarr import ZARR
@@ -27,6 +27,7 @@ __all__ = [
     "FileSink",
     "HostSink",
     "Sink",
+    "check_resumable",
     "check_sink",
     "open_sink",
 ]
@@ -60,7 +61,12 @@ class Sink(Protocol):
 
 
 def open_sink(
-    out: Any, specs: Any, *, row_axis: int = 0, rows_per_write: int | None = None
+    out: Any,
+    specs: Any,
+    *,
+    row_axis: int = 0,
+    rows_per_write: int | None = None,
+    mark: dict[str, Any] | None = None,
 ) -> Sink:
     """Returns the sink for outputs of the types `specs`.
 
@@ -69,6 +75,7 @@ def open_sink(
         specs: A tree of `jax.ShapeDtypeStruct`, all rows at `row_axis`.
         row_axis: Which axis the rows are.
         rows_per_write: Rows that a write brings, the last one fewer; None for all at once.
+        mark: What `FileSink.mark` gave to an earlier run that was stopped; None to begin.
 
     Returns:
         A sink.
@@ -88,7 +95,7 @@ def open_sink(
     if isinstance(out, str) and out == "device":
         return DeviceSink(specs, row_axis)
     check_sink(out)
-    return FileSink(Path(out), specs, row_axis, rows_per_write)
+    return FileSink(Path(out), specs, row_axis, rows_per_write, mark=mark)
 
 
 def check_sink(out: Any, data: Any = None, *, argument: str = "out") -> None:
@@ -134,6 +141,25 @@ def check_sink(out: Any, data: Any = None, *, argument: str = "out") -> None:
             fix = "Write elsewhere, or name the columns to read one by one."
             seen, expected = f"{path} in {leaf}", "a place outside the folder that is read"
             raise ValueError(explain(argument, seen=seen, expected=expected, fix=fix))
+
+
+def check_resumable(out: Any) -> None:
+    """Refuses an `out` with which a run cannot go on after it was stopped.
+
+    Args:
+        out: As in `open_sink`, one that `check_sink` has passed.
+
+    Raises:
+        ValueError: If it is memory, or its format is written in one go.
+    """
+    endings = [ending or "a folder" for ending, form in FORMATS.items() if form.resume is not None]
+    if out is None or FORMATS[Path(out).suffix].resume is None:
+        seen = "outputs in memory" if out is None else f"the ending {Path(out).suffix!r}"
+        expected = f"a path that can be taken up again: {', '.join(endings)}"
+        fix = "Name one of these, or leave checkpoint out."
+        raise ValueError(
+            explain("out", seen=f"{seen} with a checkpoint", expected=expected, fix=fix)
+        )
 
 
 class HostSink:
@@ -214,6 +240,11 @@ class FileSink:
         row_axis: Which axis the rows are.
         rows_per_write: Rows that a write brings: those of a chunk, a record batch or a row group.
         argument: How messages call `path`.
+        mark: What `mark` gave to an earlier run that was stopped; None to begin.
+
+    Raises:
+        FileExistsError: If another run has begun an output of that name since.
+        ValueError: If what the mark tells of is not there as it was written.
     """
 
     def __init__(
@@ -223,6 +254,7 @@ class FileSink:
         row_axis: int = 0,
         rows_per_write: int | None = None,
         argument: str = "out",
+        mark: dict[str, Any] | None = None,
     ) -> None:
         self._path, self._axis, form = path, row_axis, FORMATS[path.suffix]
         output = describe(
@@ -231,21 +263,29 @@ class FileSink:
         form.check(output)
         partial = files.partial_of(path)
         files.recover(path)
-        files.remove(partial)
-        if form.folder:
-            partial.mkdir()
-        self._missing = output.num_rows
-        self._manifest = {"kind": "rows", "rows": output.num_rows, "row_axis": row_axis}
-        self._run = uuid.uuid4().hex
-        unfinished = {**self._manifest, "complete": False, "run": self._run}
-        files.write_manifest(files.manifest_of(partial), unfinished)
-        self._writer: Writer = form.open(partial, output)
+        self._run = uuid.uuid4().hex if mark is None else mark["run"]
+        self._missing = output.num_rows - (0 if mark is None else mark["rows"])
+        rows = {"rows": output.num_rows, "row_axis": row_axis}
+        self._manifest = {"kind": "rows", **rows, "run": self._run}
+        self._published = mark is not None and self._is_published()
+        if mark is None:
+            files.remove(partial)
+            if form.folder:
+                partial.mkdir()
+            files.write_manifest(files.manifest_of(partial), {**self._manifest, "complete": False})
+            self._writer: Writer = form.open(partial, output)
+        elif not self._published:
+            self._check_owner()
+            assert form.resume is not None
+            self._writer = form.resume(partial, output, mark["writer"])
 
     def write(self, start: int, pieces: list[Any]) -> None:
         leaves = [[np.asarray(leaf) for leaf in jax.tree.leaves(piece)] for piece in pieces]
         rows = sum(arrays[0].shape[self._axis] for arrays in leaves)
         self._missing -= rows
         self._check(self._missing >= 0)
+        if self._published:
+            return
         self._check_owner()
         if rows:
             self._writer.write(start, [list(arrays) for arrays in zip(*leaves, strict=True)])
@@ -257,12 +297,40 @@ class FileSink:
     def publish(self) -> None:
         """Makes the output last and lets it appear."""
         self._check(self._missing == 0)
+        if self._published:
+            return
         self._check_owner()
         entries = files.seal(self._path, self._writer.finish())
         files.publish(self._path, {**self._manifest, "files": entries})
 
     def abort(self) -> None:
-        self._writer.close()
+        if not self._published:
+            self._writer.close()
+
+    def mark(self) -> tuple[dict[str, Any], list[Path]]:
+        """Returns what has been written, JSON, and the files that must be made to last for it."""
+        rows = self._manifest["rows"] - self._missing
+        content: dict[str, Any] = {"run": self._run, "rows": rows, "writer": None}
+        if self._published:
+            return content, []
+        assert isinstance(self._writer, Resumable)
+        written = self._writer.mark()
+        return {**content, "writer": written.content}, written.files
+
+    def _is_published(self) -> bool:
+        """Whether the run that left the mark was stopped when all was done; all is read back."""
+        path = self._path
+        manifest = files.read_manifest(files.manifest_of(path)) if path.exists() else None
+        if manifest is None or manifest.get("run") != self._run:
+            return False
+        for name, entry in manifest["files"].items():
+            file = path / name if path.is_dir() else path
+            if not file.is_file() or files.checksum(file) != entry["crc32"]:
+                seen = "other bytes" if file.is_file() else "no such file"
+                fix = "Delete the output and the checkpoint to compute it again."
+                expected = "what the run wrote"
+                raise ValueError(explain(str(file), seen=seen, expected=expected, fix=fix))
+        return True
 
     def _check(self, fits: bool) -> None:
         if not fits:
@@ -273,7 +341,13 @@ class FileSink:
     def _check_owner(self) -> None:
         """Refuses to go on where another run has begun an output of the same name."""
         partial = files.partial_of(self._path)
-        manifest = files.read_manifest(files.manifest_of(partial)) or {}
+        manifest = files.read_manifest(files.manifest_of(partial))
+        if manifest is None:
+            missing = files.manifest_of(partial) if partial.exists() else partial
+            fix = "It was moved or deleted; delete the checkpoint as well, if there is one."
+            expected = "what this run has written"
+            text = explain(str(missing), seen="nothing of ours", expected=expected, fix=fix)
+            raise FileNotFoundError(text)
         if manifest.get("run") != self._run:
             fix = "Give each run an output of its own."
             seen, expected = "another run that writes there", "one at a time"

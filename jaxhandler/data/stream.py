@@ -30,7 +30,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
-        stages = ("read", "transfer", "compute", "write", "wait")
+        stages = ("read", "transfer", "compute", "write", "wait", "commit")
         self.seconds: dict[str, float] = dict.fromkeys(stages, 0.0)
         self.timeline: deque[tuple[str, float, float]] = deque(maxlen=_NOTED)
 

@@ -57,6 +57,25 @@ class Strategies:
         self._pinned = None if strategy == "auto" else Strategy(strategy, chunk or 1)
         self.trials = PlanCache()
         self.chosen: dict[Hashable, Strategy] = {}
+        self._adopted: dict[str, Strategy] = {}
+
+    def known(self) -> dict[str, list[Any]]:
+        """Returns what was chosen, as JSON has it."""
+        return {str(key): list(strategy) for key, strategy in self.chosen.items()}
+
+    def adopt(self, known: dict[str, list[Any]]) -> None:
+        """Takes what another process chose for what nothing was chosen yet.
+
+        Args:
+            known: What `known` gave there.
+
+        Example:
+            >>> strategies = Strategies("auto", None, ("vmap", "map"))
+            >>> strategies.adopt({"rows": ["map", 10]})
+            >>> str(strategies.choose("rows", lambda strategy: jax.vmap, (), members=20))
+            'map of 10'
+        """
+        self._adopted |= {key: Strategy(*strategy) for key, strategy in known.items()}
 
     def choose(
         self,
@@ -82,6 +101,8 @@ class Strategies:
             A `Strategy`.
         """
         found = self._pinned or self.chosen.get(key)
+        if found is None and (found := self._adopted.get(str(key))) is not None:
+            self.chosen[key] = found
         if found is not None:
             return found
         specs = jax.tree.map(_spec, args)

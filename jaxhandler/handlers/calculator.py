@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from jaxhandler.checkpointing.checkpoint import Checkpoint
 from jaxhandler.data.sinks import check_sink
 from jaxhandler.data.sources import open_source, resident_source
-from jaxhandler.handlers.fold import fold, folding
+from jaxhandler.handlers.fold import folding
 from jaxhandler.handlers.handler import RESIDENT, Handler
 from jaxhandler.handlers.program import Program, check_builder
-from jaxhandler.handlers.run import Options
+from jaxhandler.handlers.run import Options, Run
 from jaxhandler.plans import PlanCache
 from jaxhandler.typing import Batch, Callback, Placement, Step
 
@@ -50,9 +51,8 @@ class Calculator(Handler):
             >>> jh.calculator(lambda params, x: x.sum(axis=1)).calc((), jnp.ones((2, 3)))
             Array([3., 3.], dtype=float32)
         """
-        return fold(
-            self.program, self.step, params, (), resident_source(data), RESIDENT, "device"
-        ).outputs
+        source = resident_source(data)
+        return self._fold(self.step, params, (), source, RESIDENT, "device").outputs
 
     def calc_from_host(
         self,
@@ -66,6 +66,7 @@ class Calculator(Handler):
         progress: bool = False,
         read_ahead: int = 1,
         sharding: Placement = None,
+        checkpoint: Checkpoint | None = None,
     ) -> Any:
         """Computes outputs for rows in host memory or on disk, to host memory or to disk.
 
@@ -85,6 +86,8 @@ class Calculator(Handler):
             read_ahead: Macrobatches read ahead in a thread; 0 reads them when they are needed.
             sharding: How a batch lies on several devices: a `Sharding`, or a `PartitionSpec` under
                 the caller's mesh.
+            checkpoint: A `jh.checkpoint`, with which the run goes on where it was stopped; `out`
+                must then be `.npy`, `.zarr` or a folder.
 
         Returns:
             NumPy arrays `[N, ...]`, a tree like that of `apply_fn`; or, where `out` is a path, the
@@ -109,8 +112,9 @@ class Calculator(Handler):
             progress=progress,
             read_ahead=read_ahead,
             sharding=sharding,
+            checkpoint=checkpoint,
         )
-        return fold(self.program, self.step, params, (), open_source(data), options, out).outputs
+        return self._fold(self.step, params, (), open_source(data), options, out).outputs
 
     def iter_from_host(
         self,
@@ -165,7 +169,8 @@ class Calculator(Handler):
         source = open_source(data)
 
         def blocks() -> Iterator[Any]:
-            for finished in folding(self.program, self.step, params, (), source, options, "blocks"):
+            run = Run(self.program, self.step, params, (), source, options)
+            for finished in folding(run, run.open_sink("blocks")):
                 yield finished.block
 
         return blocks()

@@ -17,7 +17,7 @@ from jaxhandler.handlers.program import Program
 from jaxhandler.handlers.run import Options, Run
 from jaxhandler.typing import RunReport, Step
 
-__all__ = ["Finished", "Result", "consume", "fold", "folding"]
+__all__ = ["Finished", "Result", "consume", "fold", "folding", "join_steps"]
 
 
 class Finished(NamedTuple):
@@ -27,11 +27,13 @@ class Finished(NamedTuple):
         visit: Which rows.
         block: Its outputs where they are kept in blocks, else None.
         carry: Gives the latest carry; later macrobatches may have been folded into it already.
+        settled: Whether none has: nothing is under way, and all outputs are where they go.
     """
 
     visit: Visit
     block: Any
     carry: Callable[[], Any]
+    settled: bool
 
 
 class Result(NamedTuple):
@@ -50,6 +52,7 @@ def fold(
     source: Source,
     options: Options,
     out: Any = None,
+    on_finished: Callable[[Finished], Any] | None = None,
 ) -> Result:
     """Runs a step over all rows; see `folding`.
 
@@ -61,19 +64,26 @@ def fold(
         source: Where rows come from.
         options: How the run goes.
         out: Where outputs go, as in `open_sink`; outputs of steps are stacked on the host.
+        on_finished: Called with each macrobatch that finishes; if it raises, the run ends.
 
     Returns:
         A `Result`.
     """
+    run = Run(program, step, consts, carry, source, options)
     blocks: list[Any] = []
-    result = consume(
-        folding(program, step, consts, carry, source, options, out),
-        lambda finished: blocks.append(finished.block),
-    )
-    if program.outputs == "steps":
-        joined = jax.tree.map(lambda *parts: np.concatenate(parts), *blocks) if blocks else None
-        return result._replace(outputs=joined)
-    return result
+
+    def finished(macrobatch: Finished) -> None:
+        blocks.append(macrobatch.block)
+        if on_finished is not None:
+            on_finished(macrobatch)
+
+    result = consume(folding(run, run.open_sink(out)), finished)
+    return result if program.outputs != "steps" else result._replace(outputs=join_steps(blocks))
+
+
+def join_steps(blocks: list[Any]) -> Any:
+    """Returns outputs of steps, one tree of NumPy arrays `[S, ...]` per macrobatch, as one tree."""
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *blocks) if blocks else None
 
 
 def consume(
@@ -97,29 +107,18 @@ def consume(
             on_finished(finished)
 
 
-def folding(
-    program: Program,
-    step: Step,
-    consts: Any,
-    carry: Any,
-    source: Source,
-    options: Options,
-    out: Any = None,
-) -> Generator[Finished, None, Result]:
-    """Runs a step over all rows, yielding macrobatches as they finish, one behind the device.
+def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
+    """Folds over all rows, yielding macrobatches as they finish, one behind the device.
 
     While the device computes one macrobatch, the next is read and placed, and the one before is
     fetched and written; so two lie on the device at most. Sources that must be read and sinks that
-    are files get a thread each. Closing the generator, or an exception from anywhere, ends both.
+    are files get a thread each. Where `run.must_settle()` is true, nothing more is begun until all
+    that is under way has finished. Closing the generator, or an exception from anywhere, ends both
+    threads.
 
     Args:
-        program: The handler's program.
-        step: Its step.
-        consts: What the step only reads; never donated.
-        carry: What the step passes on; copied before a plan may take its memory over.
-        source: Where rows come from.
-        options: How the run goes.
-        out: Where outputs go, as in `open_sink`; "blocks" yields them instead.
+        run: What is folded over what, as it was resolved.
+        sink: Where outputs go, as `run.open_sink` gives it.
 
     Yields:
         `Finished` macrobatches, in the order visited.
@@ -127,8 +126,7 @@ def folding(
     Returns:
         A `Result`.
     """
-    run = Run(program, step, consts, carry, source, options)
-    sink: Sink = run.open_sink(out)
+    options, program = run.options, run.program
     # Threads pay where something waits for a disk; rows in memory are there already.
     reader = Lane("jaxhandler-read" if options.read_ahead and not run.borrows else None)
     writer = Lane("jaxhandler-write" if isinstance(sink, FileSink) else None)
@@ -141,7 +139,7 @@ def folding(
         if bar is not None:
             told = (lambda: block) if program.metrics else None
             bar.update(run.progress(visit, len(visit.batches), told))
-        return Finished(visit, block, lambda: run.carry)
+        return Finished(visit, block, lambda: run.carry, not pending)
 
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(recycling())
@@ -163,7 +161,8 @@ def folding(
             run.end_epoch(visit)
             pending.append((visit, writer.submit(run.drain, sink, visit, outs)))
             del outs
-            if len(pending) > 1:
+            most = 0 if run.must_settle() else 1
+            while len(pending) > most:
                 yield finish()
         while pending:
             yield finish()

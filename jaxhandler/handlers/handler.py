@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxhandler.checkpointing.checkpoint import Checkpoint
 from jaxhandler.data.sinks import check_sink
-from jaxhandler.data.sources import open_source, resident_source
+from jaxhandler.data.sources import Source, open_source, resident_source
 from jaxhandler.errors import check_choice
-from jaxhandler.handlers.fold import fold
+from jaxhandler.handlers.durable import fold_durably
+from jaxhandler.handlers.fold import Finished, Result, fold
 from jaxhandler.handlers.program import Program, check_builder
 from jaxhandler.handlers.run import Options
 from jaxhandler.plans import PlanCache
@@ -44,6 +46,19 @@ class Handler:
         # Not made when first asked for: two threads would make two steps, and compile both.
         object.__setattr__(self, "step", self.program.make_step(self.program.fn))
 
+    def _fold(
+        self,
+        step: Step,
+        consts: Any,
+        carry: Any,
+        source: Source,
+        options: Options,
+        out: Any = None,
+        on_finished: Callable[[Finished], Any] | None = None,
+    ) -> Result:
+        run = fold if options.checkpoint is None else fold_durably
+        return run(self.program, step, consts, carry, source, options, out, on_finished)
+
     def handle(
         self,
         carry: Any,
@@ -79,7 +94,7 @@ class Handler:
         """
         options = RESIDENT._replace(shuffle="global" if shuffle == "rows" else shuffle, key=key)
         source = resident_source(data)
-        result = fold(self.program, self.step, consts, carry, source, options, "device")
+        result = self._fold(self.step, consts, carry, source, options, "device")
         return result.carry, result.outputs
 
     def handle_from_host(
@@ -97,6 +112,7 @@ class Handler:
         progress: bool = False,
         read_ahead: int = 1,
         sharding: Placement = None,
+        checkpoint: Checkpoint | None = None,
     ) -> tuple[Any, Any]:
         """Folds the step over rows in host memory or on disk, a macrobatch on the device at a time.
 
@@ -116,6 +132,8 @@ class Handler:
             read_ahead: Macrobatches read ahead in a thread; 0 reads them when they are needed.
             sharding: How a batch lies on several devices: a `Sharding`, or a `PartitionSpec` under
                 the caller's mesh.
+            checkpoint: A `jh.checkpoint`, with which the run goes on where it was stopped; outputs
+                of rows then need an `out` in `.npy`, `.zarr` or a folder.
 
         Returns:
             `(carry, outputs)`; outputs are NumPy arrays `[N, ...]` or `[S, ...]`, the finished
@@ -142,8 +160,9 @@ class Handler:
             progress=progress,
             read_ahead=read_ahead,
             sharding=sharding,
+            checkpoint=checkpoint,
         )
-        result = fold(self.program, self.step, consts, carry, open_source(data), options, out)
+        result = self._fold(self.step, consts, carry, open_source(data), options, out)
         return result.carry, result.outputs
 
 

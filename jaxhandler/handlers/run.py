@@ -1,6 +1,7 @@
 """One run of a handler: what it resolves before it begins, and its stages."""
 
 import gc
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,8 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
 
+from jaxhandler.checkpointing.checkpoint import Checkpoint
 from jaxhandler.data.order import Visit, check_order, num_visits, visits
 from jaxhandler.data.placement import replicate_like, resolve_sharding, stand_in
 from jaxhandler.data.sinks import BlockSink, Sink, open_sink
@@ -17,6 +18,7 @@ from jaxhandler.data.sizing import resolve_macrobatch, row_bytes
 from jaxhandler.data.sources import Source
 from jaxhandler.data.stream import Clock, Lane, Layout, Macrobatch, load, place, read_ahead
 from jaxhandler.errors import a_type, check_count, explain
+from jaxhandler.handlers.carries import device_of, owned, pinned
 from jaxhandler.handlers.needs import Gauge
 from jaxhandler.handlers.outputs import joined_specs, output_pieces
 from jaxhandler.handlers.program import Program
@@ -31,8 +33,9 @@ _WORTH_COLLECTING = 2**18
 class Options(NamedTuple):
     """How one run goes over its rows; the arguments of the same names of `*_from_host`.
 
-    `resident` says that the rows lie on the device already; `dry` that nothing is read, placed or
-    copied, because only plans are wanted.
+    `checkpoint` only says what makes runs the same; commits are made by `fold_durably`. `resident`
+    says that the rows lie on the device already; `dry` that nothing is read, placed or copied,
+    because only plans are wanted.
     """
 
     macrobatch_size: int | str = 10_000
@@ -45,6 +48,7 @@ class Options(NamedTuple):
     progress: bool = False
     read_ahead: int = 1
     sharding: Placement = None
+    checkpoint: Checkpoint | None = None
     resident: bool = False
     dry: bool = False
 
@@ -87,7 +91,8 @@ class Run:
         self.clock = Clock()
         self.program, self.source, self.options = program, source, options
         self.compiled = program.plans.stats(), program.traces.stats()
-        self.rows = 0
+        self.rows = self._rows_before = self._visits_before = 0
+        self.must_settle: Callable[[], bool] = lambda: False
         self._report: RunReport | None = None
         self.ready = 0.0
         if program.tail == "drop" and 0 < source.num_rows < program.batch_size:
@@ -104,17 +109,25 @@ class Run:
         size, num_rows = program.batch_size, source.num_rows
         rows = size if program.tail == "pad" or not num_rows else min(size, num_rows)
         self._batch = rows
-        self.traced = trace_step(program, step, self.consts, carry, source.specs, rows)
+        self.traced = trace_step(
+            program,
+            step,
+            self.consts,
+            carry,
+            source.specs,
+            rows,
+            digested=options.checkpoint is not None,
+        )
         self._keys = Keys(carry)
         self._carry = self._keys.strip(carry)
         if program.donate and not options.dry:
-            self._carry = _own(self._carry)
+            self._carry = owned(self._carry)
         # A carry may keep rows it has seen; sinks copy, so without one nothing outlives the run.
         self.borrows = source.borrow is not None and not jax.tree.leaves(carry)
         views = options.resident and options.shuffle != "global"
         self.fresh = not (views or self.borrows)
-        self.plans = Plans(program, step, self._keys, _pinned(self._carry))
-        self.device = _device((self.consts, carry), self.sharding)
+        self.plans = Plans(program, step, self._keys, pinned(self._carry))
+        self.device = device_of((self.consts, carry), self.sharding)
         self.on_cpu = self.device.platform == "cpu"
         self.mode = program.mode
         if self.mode == "auto":
@@ -138,6 +151,27 @@ class Run:
         self.num_visits = num_visits(num_rows, self.size, size, program.tail)
         self.num_rows = num_rows // size * size if program.tail == "drop" else num_rows
 
+    def resume(self, visits: int, rows: int, carry: Any) -> None:
+        """Begins where an earlier run was stopped.
+
+        Args:
+            visits: Macrobatches that it has visited, over all epochs.
+            rows: Their rows.
+            carry: What they left, arrays like those of this run's carry.
+        """
+        self._visits_before, self._rows_before, self.rows = visits, rows, rows
+        carry = self._keys.strip(carry)
+        self._carry = owned(carry) if self.program.donate else carry
+
+    @property
+    def total_visits(self) -> int:
+        """Macrobatches of all epochs."""
+        return self.num_visits * self.options.epochs
+
+    def visits_until(self, visit: Visit) -> int:
+        """Returns how many macrobatches have been visited once `visit` has, over all epochs."""
+        return (visit.epoch - self.options.first_epoch) * self.num_visits + visit.position + 1
+
     @property
     def carry(self) -> Any:
         """What the step passes on, as it is now."""
@@ -158,21 +192,23 @@ class Run:
             copied=program.donate and not options.dry,
         )
 
-    def open_sink(self, out: Any) -> Sink:
-        """Opens where outputs go, or keeps them in blocks."""
+    def open_sink(self, out: Any, mark: dict[str, Any] | None = None) -> Sink:
+        """Opens where outputs go, again where there is a mark, or keeps them in blocks."""
         program, axis = self.program, self.program.row_axis
         if program.outputs != "rows" or out == "blocks":
             return BlockSink(axis if program.outputs == "rows" else 0)
         specs = joined_specs(self.traced.out, self.num_rows, axis)
-        return open_sink(out, specs, row_axis=axis, rows_per_write=self.size)
+        return open_sink(out, specs, row_axis=axis, rows_per_write=self.size, mark=mark)
 
     def read(self, lane: Lane) -> Iterator[Macrobatch]:
         """Returns an iterator of macrobatches in host memory, in the order visited."""
         options, program = self.options, self.program
 
         def order() -> Iterator[Visit]:
-            for epoch in range(options.first_epoch, options.first_epoch + options.epochs):
-                yield from visits(
+            epochs, skipped = divmod(self._visits_before, max(self.num_visits, 1))
+            first, stop = options.first_epoch, options.first_epoch + options.epochs
+            for epoch in range(first + epochs, stop):
+                every = visits(
                     self.source.num_rows,
                     self.size,
                     program.batch_size,
@@ -183,6 +219,8 @@ class Run:
                     members=program.members if program.member_order else None,
                     resample=program.member_order == "bootstrap",
                 )
+                yield from itertools.islice(every, skipped, None)
+                skipped = 0
 
         def read(visit: Visit) -> Macrobatch:
             self.let_go()
@@ -330,7 +368,7 @@ class Run:
         return RunReport(
             **self.clock.seconds,
             total=time.perf_counter() - self.clock.start,
-            rows=self.rows,
+            rows=self.rows - self._rows_before,
             compiles=plans.compiles - plans_before.compiles,
             compile=plans.compile_seconds - plans_before.compile_seconds + tracing,
             macrobatch_size=self.size,
@@ -351,40 +389,3 @@ def _check_options(options: Options, source: Source, program: Program) -> None:
         if callback is not None and not callable(callback):
             seen = a_type(callback)
             raise TypeError(explain(name, seen=seen, expected="a function of one Progress"))
-
-
-def _own(tree: Any) -> Any:
-    """Copies leaves where they lie, so that a plan may take the copies' memory over."""
-    leaves, structure = jax.tree.flatten(tree)
-    if any(leaf.committed for leaf in leaves):
-        places = [leaf.sharding if leaf.committed else None for leaf in leaves]
-        copies = [
-            jax.device_put(leaf, place, may_alias=False)
-            for leaf, place in zip(leaves, places, strict=True)
-        ]
-    else:
-        copies = jax.device_put(leaves, may_alias=False)
-    return structure.unflatten(copies)
-
-
-def _pinned(carry: Any) -> Any:
-    """Keeps a carry on several devices where it is: XLA might move it, and the next call fail."""
-    leaves = jax.tree.leaves(carry)
-    if all(leaf.sharding is None or len(leaf.sharding.device_set) == 1 for leaf in leaves):
-        return None
-    return jax.tree.map(lambda leaf: leaf.sharding, carry), None
-
-
-def _device(tree: Any, sharding: Sharding | None) -> Any:
-    if sharding is not None:
-        return min(sharding.device_set, key=lambda device: device.id)
-    for leaf in jax.tree.leaves(tree):
-        if leaf.sharding is not None and getattr(leaf, "committed", True):
-            return min(leaf.sharding.device_set, key=lambda device: device.id)
-    config: Any = jax.config
-    default = config.jax_default_device
-    return (
-        jax.local_devices(backend=default)[0]
-        if default is None or isinstance(default, str)
-        else default
-    )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler.errors import a_type, explain
+from jaxhandler.handlers.digests import digest_jaxpr
 from jaxhandler.handlers.outputs import pack
 from jaxhandler.handlers.program import Program
 from jaxhandler.plans import compile_plan, signature
@@ -24,14 +25,23 @@ class Traced(NamedTuple):
     Attributes:
         out: The types of its output, a tree of `jax.ShapeDtypeStruct`.
         convolves: Whether it contains a convolution.
+        digest: Tells it from other steps; empty where nobody asked.
     """
 
     out: Any
     convolves: bool
+    digest: str = ""
 
 
 def trace_step(
-    program: Program, step: Step, consts: Any, carry: Any, specs: Any, rows: int
+    program: Program,
+    step: Step,
+    consts: Any,
+    carry: Any,
+    specs: Any,
+    rows: int,
+    *,
+    digested: bool = False,
 ) -> Traced:
     """Traces a step on a batch of `rows` rows and checks what it gives; once per types.
 
@@ -42,6 +52,7 @@ def trace_step(
         carry: As the step takes it.
         specs: A tree of `jax.ShapeDtypeStruct` `[N, ...]`.
         rows: Rows of the batch to trace with.
+        digested: Whether a digest is wanted.
 
     Returns:
         A `Traced`.
@@ -72,9 +83,10 @@ def trace_step(
         _check_carry(carry, after)
         if program.outputs is not None:
             _check_out(program, out, rows)
-        return Traced(out, convolves(traced.jaxpr))
+        digest = digest_jaxpr(traced.jaxpr) if digested else ""
+        return Traced(out, convolves(traced.jaxpr), digest)
 
-    key = (step, program.tail, signature((consts, carry, data)))
+    key = (step, program.tail, digested, signature((consts, carry, data)))
     return program.traces.get(key, trace)
 
 
@@ -158,7 +170,9 @@ class Plans:
         return carry, pack(out) if self.program.outputs == "steps" else out
 
     def _ended(self, carry: Any, out: Any) -> tuple[Any, Any]:
-        return self.keys.strip(carry), out
+        # A definite dtype: weakly typed, it would be another signature to the next call.
+        strong = lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype)  # noqa: E731
+        return jax.tree.map(strong, self.keys.strip(carry)), out
 
     def batch(self, size: int, args: tuple[Any, ...]) -> Any:
         """Returns the plan for one batch of `size` rows, called with arguments like `args`."""

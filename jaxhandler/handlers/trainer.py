@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import optax
 
+from jaxhandler.checkpointing.checkpoint import Checkpoint
 from jaxhandler.data.sources import Source, open_source, resident_source
 from jaxhandler.errors import a_type, check_choice, check_count, explain
 from jaxhandler.handlers.finite import check_losses, check_params, warn_frozen
-from jaxhandler.handlers.fold import consume, folding
+from jaxhandler.handlers.fold import Finished
 from jaxhandler.handlers.handler import RESIDENT, Handler
 from jaxhandler.handlers.means import merged
 from jaxhandler.handlers.program import Program, check_builder
@@ -126,6 +127,7 @@ class Trainer(Handler):
         progress: bool = False,
         read_ahead: int = 1,
         sharding: Placement = None,
+        checkpoint: Checkpoint | None = None,
     ) -> tuple[TrainState, TrainInfo]:
         """Trains on rows in host memory or on disk, a macrobatch on the device at a time.
 
@@ -143,6 +145,8 @@ class Trainer(Handler):
             read_ahead: Macrobatches read ahead in a thread; 0 reads them when they are needed.
             sharding: How a batch lies on several devices: a `Sharding`, or a `PartitionSpec` under
                 the caller's mesh.
+            checkpoint: A `jh.checkpoint`, with which the run goes on where it was stopped. Give the
+                state that it began with; what comes back is that of the whole run.
 
         Returns:
             `(state, info)`, the `TrainState` after and a `TrainInfo` of all steps.
@@ -171,6 +175,7 @@ class Trainer(Handler):
             progress=progress,
             read_ahead=read_ahead,
             sharding=sharding,
+            checkpoint=checkpoint,
         )
         return self._train(state, open_source(data), options)
 
@@ -181,24 +186,21 @@ class Trainer(Handler):
         check_rows(source)
         epoch = int(np.ravel(np.asarray(state.epoch))[0])
         options = options._replace(key=state.order_key, first_epoch=epoch)
-        infos: list[TrainInfo] = []
         active = np.asarray(state.active)
         step = self.step if active.all() else self.stopping_step
         known = ~active
 
-        def finished(macrobatch: Any) -> None:
+        def finished(macrobatch: Finished) -> None:
             nonlocal known
-            infos.append(macrobatch.block)
             if self.on_nonfinite == "raise":
                 check_losses(macrobatch, source.name)
             elif self.on_nonfinite == "freeze":
                 known = warn_frozen(macrobatch, source.name, known)
 
-        run = folding(self.program, step, (), state, source, options)
-        result = consume(run, finished)
+        result = self._fold(step, (), state, source, options, on_finished=finished)
         if self.on_nonfinite == "raise":
             check_params(result.carry)
-        info: TrainInfo = jax.tree.map(lambda *parts: np.concatenate(parts), *infos)
+        info: TrainInfo = result.outputs
         if self.program.members is not None:
             info = jax.tree.map(lambda leaf: np.moveaxis(leaf, 0, 1), info)
         return result.carry, info._replace(report=result.report)

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxhandler.checkpointing.checkpoint import Checkpoint
 from jaxhandler.data.sources import Source, open_source, resident_source
 from jaxhandler.errors import a_type, explain
-from jaxhandler.handlers.fold import fold
 from jaxhandler.handlers.handler import RESIDENT, Handler
 from jaxhandler.handlers.means import as_mean, merged
 from jaxhandler.handlers.program import Program, check_builder
@@ -66,6 +66,7 @@ class Validator(Handler):
         progress: bool = False,
         read_ahead: int = 1,
         sharding: Placement = None,
+        checkpoint: Checkpoint | None = None,
     ) -> dict[str, Any]:
         """Computes the metrics over rows in host memory or on disk.
 
@@ -79,6 +80,7 @@ class Validator(Handler):
             read_ahead: Macrobatches read ahead in a thread; 0 reads them when they are needed.
             sharding: How a batch lies on several devices: a `Sharding`, or a `PartitionSpec` under
                 the caller's mesh.
+            checkpoint: A `jh.checkpoint`, with which the run goes on where it was stopped.
 
         Returns:
             A mean over all rows by name, added in float64 on the host.
@@ -102,12 +104,13 @@ class Validator(Handler):
             progress=progress,
             read_ahead=read_ahead,
             sharding=sharding,
+            checkpoint=checkpoint,
         )
         return self._means(params, open_source(data), options)
 
     def _means(self, params: Any, source: Source, options: Options) -> dict[str, Any]:
         check_rows(source)
-        outs = fold(self.program, self.step, params, (), source, options).outputs
+        outs = self._fold(self.step, params, (), source, options).outputs
         assert self.program.metrics is not None
         return self.program.metrics(outs)
 

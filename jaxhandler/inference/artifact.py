@@ -19,8 +19,8 @@ from jaxhandler.inference.engine import Engine
 from jaxhandler.inference.exporting import Model, as_numbers, exported_model
 from jaxhandler.inference.policies import Policy, from_spec
 from jaxhandler.inference.structures import from_json, plain, to_json
-from jaxhandler.inference.tensors import decode, encode
-from jaxhandler.inference.versions import versions
+from jaxhandler.tensors import decode, encode
+from jaxhandler.versions import versions
 
 __all__ = ["MODEL", "PARAMS", "Artifact", "describe", "load", "read_files", "save"]
 

@@ -16,8 +16,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxhandler.errors import explain, warn
 from jaxhandler.files import atomic_write
-from jaxhandler.inference.versions import versions
 from jaxhandler.plans import compile_plan, signature
+from jaxhandler.versions import versions
 
 __all__ = ["compile_fn", "enable_plan_store"]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -13,7 +13,9 @@ from jaxhandler.trees import leaves_with_paths
 __all__ = [
     "Format",
     "Leaf",
+    "Mark",
     "Output",
+    "Resumable",
     "Writer",
     "check_dtypes",
     "check_names",
@@ -81,6 +83,25 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class Resumable(Writer, Protocol):
+    """A writer that another process can take over: `mark()` says what it has written."""
+
+    def mark(self) -> "Mark": ...
+
+
+class Mark(NamedTuple):
+    """What a writer has written.
+
+    Attributes:
+        content: For the writer that takes over, JSON.
+        files: Files that have changed since the last mark, and are not yet made to last.
+    """
+
+    content: Any
+    files: list[Path]
+
+
 class Format(NamedTuple):
     """A format of files.
 
@@ -89,12 +110,15 @@ class Format(NamedTuple):
         open: `open(path, output)` makes the file or fills the folder at `path`; gives a `Writer`.
         folder: Whether an output is a folder.
         requires: The module it is written with; None for NumPy.
+        resume: `resume(path, output, content)` takes over what a `Mark` tells of, and refuses what
+            is not there as it was written; None where the format is written in one go only.
     """
 
     check: Callable[[Output], None]
     open: Callable[[Path, Output], Writer]
     folder: bool = False
     requires: str | None = None
+    resume: Callable[[Path, Output, Any], Resumable] | None = None
 
 
 def describe(specs: Any, *, row_axis: int, rows_per_write: int | None, argument: str) -> Output:

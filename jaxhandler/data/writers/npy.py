@@ -3,11 +3,19 @@
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxhandler.data.writers.format import Format, Output, check_dtypes, check_names, dotted
-from jaxhandler.data.writers.raw import ArrayFile
+from jaxhandler.data.writers.format import (
+    Format,
+    Mark,
+    Output,
+    check_dtypes,
+    check_names,
+    dotted,
+)
+from jaxhandler.data.writers.raw import ArrayFile, changed
 from jaxhandler.errors import explain
 
 __all__ = ["NPY", "NPY_FOLDER"]
@@ -27,27 +35,32 @@ def _check_folder(output: Output) -> None:
     check_names(output, names, "one file per leaf", lambda name: name == os.path.basename(name))
 
 
-def _open(path: Path, output: Output) -> "_NpyFiles":
-    return _NpyFiles([path], output)
+def _open(path: Path, output: Output, content: Any = None) -> "_NpyFiles":
+    return _NpyFiles([path], output, content)
 
 
-def _open_folder(path: Path, output: Output) -> "_NpyFiles":
-    return _NpyFiles([path / f"{dotted(leaf)}.npy" for leaf in output.leaves], output)
+def _open_folder(path: Path, output: Output, content: Any = None) -> "_NpyFiles":
+    return _NpyFiles([path / f"{dotted(leaf)}.npy" for leaf in output.leaves], output, content)
 
 
 class _NpyFiles:
     """One `.npy` file per leaf, written in place."""
 
-    def __init__(self, paths: list[Path], output: Output) -> None:
+    def __init__(self, paths: list[Path], output: Output, content: Any) -> None:
         self._files: dict[Path, ArrayFile] = {}
-        for path, leaf in zip(paths, output.leaves, strict=True):
+        every = [None] * len(paths) if content is None else content
+        for path, leaf, stripes in zip(paths, output.leaves, every, strict=True):
             dtype = np.dtype(leaf.dtype)
             header = _header(leaf.shape, dtype)
-            self._files[path] = ArrayFile(path, leaf.shape, dtype, output.row_axis, header)
+            self._files[path] = ArrayFile(path, leaf.shape, dtype, output.row_axis, header, stripes)
 
     def write(self, start: int, columns: list[list[np.ndarray]]) -> None:
         for file, arrays in zip(self._files.values(), columns, strict=True):
             file.write(start, arrays)
+
+    def mark(self) -> Mark:
+        content = [file.stripes for file in self._files.values()]
+        return Mark(content, changed(self._files.values()))
 
     def finish(self) -> dict[Path, str]:
         return {path: file.checksum for path, file in self._files.items() if file.checksum}
@@ -63,5 +76,5 @@ def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     return header.getvalue()
 
 
-NPY = Format(_check, _open)
-NPY_FOLDER = Format(_check_folder, _open_folder, folder=True)
+NPY = Format(_check, _open, resume=_open)
+NPY_FOLDER = Format(_check_folder, _open_folder, folder=True, resume=_open_folder)

@@ -1,18 +1,36 @@
-"""Rows put in place in files whose size is known beforehand."""
+"""Rows put in place in files whose size is known beforehand, and taken up again after a stop."""
 
 import contextlib
 import errno
+import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
-__all__ = ["ArrayFile", "opened", "reserve", "write_all", "write_rows"]
+from jaxhandler.errors import explain
+from jaxhandler.files import blaming
+
+__all__ = [
+    "ArrayFile",
+    "Stripes",
+    "changed",
+    "check_stripes",
+    "opened",
+    "reserve",
+    "write_all",
+    "write_rows",
+]
+
+Stripes: TypeAlias = list[list[int]]
+"""Start, stop and CRC-32 of bytes that were written from front to back."""
 
 _MOST_BUFFERS = 1024
 _WORTH_STARTING = 2**20
+_PIECE = 2**20
 
 
 class ArrayFile:
@@ -24,9 +42,15 @@ class ArrayFile:
         dtype: Its dtype.
         row_axis: Which axis the rows are.
         header: Bytes before the first.
+        stripes: What is written of it already, by an earlier process; None to begin.
+
+    Attributes:
+        path: The file.
+        changed: Whether something was written since somebody cleared this.
 
     Raises:
         OSError: If the disk has no room for the file.
+        ValueError: If not all of `stripes` is there as it was written.
     """
 
     def __init__(
@@ -36,27 +60,92 @@ class ArrayFile:
         dtype: np.dtype,
         row_axis: int,
         header: bytes = b"",
+        stripes: Stripes | None = None,
     ) -> None:
-        self._path, self._shape, self._axis, self._offset = path, shape, row_axis, len(header)
+        self.path, self._shape, self._axis, self._offset = path, shape, row_axis, len(header)
         self._size = len(header) + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        self._crc, self._summed = zlib.crc32(header), len(header)
+        self.changed = False
+        # By where they end, which is where the next bytes go.
+        self._stripes = {stop: [start, stop, crc] for start, stop, crc in stripes or []}
+        if stripes is not None:
+            check_stripes(path, self._size, stripes)
+            return
+        self._stripes[len(header)] = [0, len(header), zlib.crc32(header)]
         with opened(path, create=True) as file:
             reserve(file, self._size)
             write_all(file, [memoryview(header)], 0)
 
     def write(self, start: int, arrays: list[np.ndarray]) -> None:
         """Puts arrays that follow each other in place, from row `start` on."""
-        with opened(self._path) as file:
+        self.changed = True
+        with opened(self.path) as file:
             written = write_rows(file, self._offset, self._shape, self._axis, start, arrays)
         for position, view in written:
-            if position == self._summed:
-                self._crc = zlib.crc32(view, self._crc)
-                self._summed += len(view)
+            first, _, crc = self._stripes.pop(position, [position, position, 0])
+            stop = position + len(view)
+            self._stripes[stop] = [first, stop, zlib.crc32(view, crc)]
+
+    @property
+    def begun(self) -> bool:
+        """Whether any row has been written."""
+        return bool(self._stripes.keys() - {self._offset})
+
+    @property
+    def stripes(self) -> Stripes:
+        """What has been written: one stripe, or one per member where members come first."""
+        return sorted(self._stripes.values())
 
     @property
     def checksum(self) -> str | None:
         """The CRC-32 of the file, or None if its bytes did not come in the order they lie."""
-        return f"{self._crc:08x}" if self._summed == self._size else None
+        start, _, crc = self._stripes.get(self._size, [-1, -1, 0])
+        return f"{crc:08x}" if start == 0 else None
+
+
+def changed(files: Iterable[ArrayFile]) -> list[Path]:
+    """Returns the paths of files that have changed since this was last asked."""
+    found = [file for file in files if file.changed]
+    for file in found:
+        file.changed = False
+    return [file.path for file in found]
+
+
+def check_stripes(path: Path, size: int | None, stripes: Stripes) -> None:
+    """Refuses a file that is not as a run has left it.
+
+    Args:
+        path: The file.
+        size: Its size in bytes; None for the end of the last stripe.
+        stripes: What was written of it.
+
+    Raises:
+        ValueError: If it is gone, has another size, or other bytes; names it.
+    """
+    expected = f"the {size if size is not None else stripes[-1][1]} bytes a run wrote or reserved"
+    seen = ""
+    if not path.is_file():
+        seen = "no such file"
+    elif path.stat().st_size != (size if size is not None else stripes[-1][1]):
+        seen = f"{path.stat().st_size} bytes"
+    else:
+        with open(path, "rb", buffering=0) as file:
+            for start, stop, crc in stripes:
+                if _crc(file, start, stop) != crc:
+                    seen = f"another CRC-32 of bytes {start} to {stop}"
+    if seen:
+        fix = "It was damaged or changed since; delete it and the checkpoint to start anew."
+        raise ValueError(explain(str(path), seen=seen, expected=expected, fix=fix))
+
+
+def _crc(file: io.FileIO, start: int, stop: int) -> int:
+    crc, piece = 0, memoryview(bytearray(min(_PIECE, max(stop - start, 1))))
+    file.seek(start)
+    while start < stop:
+        count = file.readinto(piece[: stop - start])
+        if not count:
+            break
+        crc, start = zlib.crc32(piece[:count], crc), start + count
+    return crc
 
 
 def write_rows(
@@ -122,7 +211,8 @@ def opened(path: Path, *, create: bool = False) -> Iterator[int]:
     flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if create else 0)
     file = os.open(path, flags, 0o666)
     try:
-        yield file
+        with blaming(path):
+            yield file
     finally:
         os.close(file)
 

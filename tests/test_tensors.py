@@ -6,7 +6,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from jaxhandler.inference.tensors import decode, encode
+from jaxhandler.tensors import decode, encode
 
 DTYPES = [
     "bool", "int8", "uint8", "int16", "uint32", "int64", "float16", "bfloat16", "float32",

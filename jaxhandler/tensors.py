@@ -1,4 +1,4 @@
-"""Parameters in the safetensors format: a JSON header, then arrays as they lie in memory."""
+"""Arrays in the safetensors format: a JSON header, then the arrays as they lie in memory."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence

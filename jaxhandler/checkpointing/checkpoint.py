@@ -1,0 +1,164 @@
+"""The description of a checkpoint, and its state read back outside a run."""
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxhandler.checkpointing.commits import commits_in
+from jaxhandler.checkpointing.identity import FIELDS
+from jaxhandler.checkpointing.leaves import nested, restore
+from jaxhandler.errors import a_type, check_choice, check_count, explain
+
+__all__ = ["STATE", "Checkpoint", "checkpoint", "load_state"]
+
+STATE = "state"
+"""The name under which a commit holds the carry of a run."""
+_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
+_SAME, _IGNORE = "require-same", "ignore:"
+
+
+class Checkpoint(NamedTuple):
+    """Where, how often and how strictly a run is kept; made by `jh.checkpoint`.
+
+    Attributes:
+        directory: The folder of its commits.
+        every: Seconds between two commits.
+        keep: How many of them stay.
+        ignored: The fields of a run's identity that may differ where it goes on.
+        fingerprint: How much of the data its digest covers.
+
+    Example:
+        >>> checkpoint("run", every="5min").every
+        300.0
+    """
+
+    directory: Path
+    every: float
+    keep: int
+    ignored: tuple[str, ...]
+    fingerprint: str
+
+
+def checkpoint(
+    directory: str | os.PathLike[str],
+    *,
+    every: float | str = "30s",
+    keep: int = 2,
+    resume: str = "require-same",
+    fingerprint: str = "auto",
+) -> Checkpoint:
+    """Describes how a run is kept, so that it goes on after it was stopped, whatever stopped it.
+
+    Passed as `checkpoint=` to a run. Where the folder holds commits, the run goes on from the
+    newest intact one and ends with the very bits of one that was never stopped; a call that was
+    completed returns its result without work. Otherwise the run begins.
+
+    State, order and results so far are committed between macrobatches, in a thread of its own, and
+    once more when SIGTERM or Ctrl-C ends the run. A commit is whole or absent whenever the process
+    dies. Losing power is another matter: disks may lie.
+
+    Args:
+        directory: A folder for this one run; made if there is none. Each call needs its own.
+        every: Seconds between two commits, or text such as "0.2s", "30s", "5min"; 0 commits after
+            every macrobatch and waits for the disk each time.
+        keep: Commits that stay, at least 2: if the newest is damaged, the run warns and goes on
+            from the one before.
+        resume: What a run that goes on must have in common with the one that was stopped:
+            "require-same" everything (data, batch and macrobatch size, shuffle, keys, trees,
+            versions), "ignore:epochs" or "ignore:batch_size,versions" all but what is named.
+        fingerprint: How much of the data its SHA-256 covers: "full" all of it, "sampled" 64 MiB,
+            "auto" all of it up to 1 GB. It is read once where a run begins.
+
+    Returns:
+        A `Checkpoint`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a value that makes no sense.
+
+    Example:
+        >>> import jax, numpy as np, optax, jaxhandler as jh
+        >>> tr = jh.trainer(lambda w, x: (w - x) ** 2, optax.sgd(0.25), batch_size=2)
+        >>> state, data = tr.init(np.float32(0), key=jax.random.key(0)), np.ones(4, np.float32)
+        >>> once, info = tr.train_from_host(state, data, checkpoint=jh.checkpoint("run"))
+        >>> again, info = tr.train_from_host(state, data, checkpoint=jh.checkpoint("run"))
+        >>> bool(once.params == again.params), info.losses, info.report.rows
+        (True, array([1.  , 0.25]), 0)
+    """
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(explain("directory", seen=a_type(directory), expected="a path"))
+    if check_count("keep", keep) < 2:
+        fix = "While one is written, or if it is damaged, the other must be there."
+        raise ValueError(explain("keep", seen=str(keep), expected="at least 2", fix=fix))
+    check_choice("fingerprint", fingerprint, ("auto", "full", "sampled"))
+    return Checkpoint(Path(directory), _seconds(every), keep, _ignored(resume), fingerprint)
+
+
+def load_state(directory: str | os.PathLike[str], like: Any = None) -> Any:
+    """Reads the state of the newest intact commit, outside a run.
+
+    Args:
+        directory: The folder that was given to `jh.checkpoint`.
+        like: A tree of exactly the structure, shapes and dtypes that were saved, what
+            `trainer.init` gives for instance, or its `jax.eval_shape`; None for none.
+
+    Returns:
+        The state in the tree `like`, NamedTuples of optimisers and random keys included; without
+        `like` nested dictionaries of NumPy arrays by the names of fields.
+
+    Raises:
+        FileNotFoundError: If there is no commit.
+        TypeError: If `directory` is no path.
+        ValueError: If the tree differs, which names each leaf that does, or if no commit is intact.
+
+    Example:
+        >>> import jax, numpy as np, optax, jaxhandler as jh
+        >>> tr = jh.trainer(lambda w, x: (w - x) ** 2, optax.sgd(0.25), batch_size=2)
+        >>> state, data = tr.init(np.float32(0), key=jax.random.key(0)), np.ones(4, np.float32)
+        >>> _ = tr.train_from_host(state, data, checkpoint=jh.checkpoint("run"))
+        >>> jh.load_state("run")["params"]
+        array(0.75, dtype=float32)
+        >>> int(jh.load_state("run", like=state).step)
+        2
+    """
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(explain("directory", seen=a_type(directory), expected="a path"))
+    commit = next(commits_in(Path(directory)), None)
+    if commit is None:
+        seen, expected = "no commit", "what a run with checkpoint=jh.checkpoint(...) leaves"
+        raise FileNotFoundError(explain(str(directory), seen=seen, expected=expected))
+    entries = commit.entries[STATE]
+    if like is None:
+        return nested(entries, commit.arrays)
+    return restore(entries, commit.arrays, like, STATE)
+
+
+def _seconds(every: float | str) -> float:
+    seconds = math.nan
+    if isinstance(every, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|s|min|h)\s*", every)
+        if match is not None:
+            seconds = float(match[1]) * _UNITS[match[2]]
+    elif isinstance(every, bool) or not isinstance(every, int | float):
+        expected = 'seconds, or text such as "30s"'
+        raise TypeError(explain("every", seen=a_type(every), expected=expected))
+    else:
+        seconds = float(every)
+    if not 0 <= seconds < math.inf:
+        expected = 'seconds of at least 0, or text such as "0.2s", "30s", "5min", "1h"'
+        raise ValueError(explain("every", seen=repr(every), expected=expected))
+    return seconds
+
+
+def _ignored(resume: str) -> tuple[str, ...]:
+    if not isinstance(resume, str):
+        raise TypeError(explain("resume", seen=a_type(resume), expected="text"))
+    if resume == _SAME:
+        return ()
+    names = tuple(name.strip() for name in resume.removeprefix(_IGNORE).split(","))
+    if not resume.startswith(_IGNORE) or not set(names) <= set(FIELDS):
+        expected = f'"{_SAME}", or "{_IGNORE}" and some of {", ".join(FIELDS)}'
+        raise ValueError(explain("resume", seen=repr(resume), expected=expected))
+    return names

@@ -1,0 +1,232 @@
+"""A folder of commits: each appears whole, is checked whole, and the older one stays meanwhile."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxhandler.checkpointing.leaves import Entry, stored
+from jaxhandler.errors import explain, warn
+from jaxhandler.files import MANIFEST, blaming, partial_of, publish, read_manifest, remove
+from jaxhandler.tensors import decode, encode
+
+__all__ = ["ARRAYS", "LOCK", "Commit", "Commits", "commits_in"]
+
+ARRAYS, LOCK = "arrays.safetensors", "lock"
+_KIND, _LAYOUT = "commit", 1
+_NAME = re.compile(r"commit-(\d{8,})")
+_FIX = "It was damaged or changed after it was written."
+
+
+class Commit(NamedTuple):
+    """What a run had reached.
+
+    Attributes:
+        path: Its folder.
+        content: What its manifest says, JSON.
+        entries: The trees that it holds by name, each a list of entries for its leaves.
+        arrays: Their arrays by name.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    entries: dict[str, list[Entry]]
+    arrays: dict[str, np.ndarray]
+
+
+def commits_in(folder: Path) -> Iterator[Commit]:
+    """Yields the intact commits in a folder, the newest first.
+
+    Every byte is compared with the SHA-256 that the manifest says before anything is made of it.
+    Damaged commits are passed over with a warning that names the file.
+
+    Args:
+        folder: Where they are; it need not exist.
+
+    Yields:
+        `Commit`s.
+
+    Raises:
+        ValueError: If there were commits, and none is intact.
+    """
+    broken, intact = [], False
+    for path in reversed(_paths(folder)):
+        try:
+            commit = _read(path)
+        except (OSError, ValueError) as error:
+            broken.append(str(error))
+            continue
+        if broken and not intact:
+            warn(f"{broken[0]} Going on from {path.name}, an older commit.")
+        intact = True
+        yield commit
+    if broken and not intact:
+        fix = "Delete the folder to start anew."
+        seen = "no intact commit: " + " ".join(broken)
+        raise ValueError(explain(str(folder), seen=seen, expected="at least one", fix=fix))
+
+
+class Commits:
+    """Adds commits to a folder, as the only process that does.
+
+    A commit is written to a folder of another name, made to last, and renamed. So whoever is killed
+    leaves it whole or not at all. Only then the oldest goes.
+
+    Args:
+        folder: Where they are; made if there is none.
+        keep: How many stay.
+        fresh: Whether there must be no commit yet.
+
+    Raises:
+        OSError: If another run holds the folder or has been there, or it cannot be written to.
+    """
+
+    def __init__(self, folder: Path, keep: int, *, fresh: bool = False) -> None:
+        self._folder, self._keep = folder, keep
+        folder.mkdir(parents=True, exist_ok=True)
+        self._kept: list[Path] = []
+        self._lock = _lock(folder)
+        try:
+            numbers = [_number(path) for path in _paths(folder)]
+            if fresh and numbers:
+                raise _in_use(folder)
+            for path in folder.glob("commit-*.partial"):
+                remove(path)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._last = max(numbers, default=0)
+
+    def __enter__(self) -> "Commits":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
+
+    def keep(self, path: Path) -> None:
+        """Counts a commit that was there before as one to keep, as long as it is among the last."""
+        self._kept.append(path)
+
+    def add(
+        self,
+        content: dict[str, Any],
+        entries: dict[str, list[Entry]],
+        arrays: Mapping[str, np.ndarray],
+    ) -> None:
+        """Writes a commit and deletes those before the last `keep`.
+
+        Args:
+            content: What its manifest shall say, JSON.
+            entries: The trees that it holds, as in `Commit`.
+            arrays: Their arrays.
+
+        Raises:
+            OSError: If it cannot be written; names the file. Earlier commits stay.
+        """
+        self._last += 1
+        path = self._folder / f"commit-{self._last:08}"
+        partial = partial_of(path)
+        try:
+            with blaming(partial):
+                partial.mkdir()
+                files = {ARRAYS: _write(partial / ARRAYS, arrays)}
+                body = {"content": content, "entries": entries, "files": files}
+                publish(path, {"kind": _KIND, "layout": _LAYOUT, "sha256": _digest(body), **body})
+        except OSError:
+            with contextlib.suppress(OSError):
+                remove(partial)
+            raise
+        self._kept = [*self._kept, path][-self._keep :]
+        for old in _paths(self._folder):
+            if old not in self._kept:
+                # Renamed first: what a kill leaves of it is not taken for a commit.
+                os.rename(old, partial_of(old))
+                remove(partial_of(old))
+
+
+def _paths(folder: Path) -> list[Path]:
+    """The commits that are in a folder, the oldest first, intact or not."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_number)
+
+
+def _number(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _lock(folder: Path) -> int:
+    """Opens the lock of a folder; the system lets go of it however the process ends."""
+    path = folder / LOCK
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    if os.name == "posix":
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(file)
+            raise _in_use(folder) from error
+    return file
+
+
+def _in_use(folder: Path) -> BlockingIOError:
+    fix = "Give each run a folder of its own."
+    seen, expected = "another run that is under way there", "one at a time"
+    text = explain(str(folder), seen=seen, expected=expected, fix=fix)
+    return BlockingIOError(errno.EWOULDBLOCK, text)
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        for piece in encode(arrays):
+            view = memoryview(piece)
+            digest.update(view)
+            size += len(view)
+            while view:
+                view = view[os.write(file, view) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _read(path: Path) -> Commit:
+    name = path / MANIFEST
+    manifest = read_manifest(name)
+    if manifest is None:
+        raise ValueError(explain(str(name), seen="nothing of ours", expected="a manifest"))
+    body: dict[str, Any] = {part: manifest.get(part) for part in ("content", "entries", "files")}
+    marks = tuple(manifest.get(mark) for mark in ("kind", "layout", "complete", "sha256"))
+    if marks != (_KIND, _LAYOUT, True, _digest(body)):
+        expected = "a whole commit of this version of jaxhandler"
+        raise _damaged(name, f"{marks[:3]} or another SHA-256 than it says", expected)
+    entries: dict[str, list[Entry]] = body["entries"]
+    file, there = path / ARRAYS, body["files"][ARRAYS]
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != there["sha256"]:
+        seen = f"{len(data)} bytes of another SHA-256"
+        raise _damaged(file, seen, f"the {there['bytes']} bytes that were written")
+    kinds = [kind for each in entries.values() for kind in stored(each)]
+    arrays = decode(data, kinds, str(file))
+    names = [name for name, _, _ in kinds]
+    return Commit(path, body["content"], entries, dict(zip(names, arrays, strict=True)))
+
+
+def _digest(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(path: Path, seen: str, expected: str) -> ValueError:
+    return ValueError(explain(str(path), seen=seen, expected=expected, fix=_FIX))

@@ -1,0 +1,132 @@
+"""What makes a run the same run: its identity as JSON, and what differs between two."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxhandler.checkpointing.leaves import describe_leaf, is_key
+from jaxhandler.errors import explain
+from jaxhandler.trees import leaves_with_paths
+
+__all__ = ["FIELDS", "FULL", "SAMPLED", "check_same", "digest_leaves", "key_text"]
+
+FIELDS = (
+    "call",
+    "data",
+    "batch_size",
+    "macrobatch_size",
+    "tail",
+    "mode",
+    "shuffle",
+    "epochs",
+    "key",
+    "members",
+    "member_order",
+    "step",
+    "params",
+    "state",
+    "out",
+    "device",
+    "sharding",
+    "versions",
+)
+"""What an identity consists of; `state` is the carry a run begins with, `params` its consts."""
+FULL = 10**9
+"""Bytes up to which all is digested where nobody asks for more or less."""
+SAMPLED = 64 * 2**20
+"""Bytes that are digested of what is larger."""
+_PIECE = 2**20
+_MOST_NAMED = 8
+_LONGEST = 200
+
+
+def check_same(
+    stored: dict[str, Any], seen: dict[str, Any], ignored: tuple[str, ...], path: str
+) -> None:
+    """Refuses to go on with a run that differs from the one that was stopped.
+
+    Args:
+        stored: The identity in the commit.
+        seen: The identity of the run that would go on.
+        ignored: Fields that may differ.
+        path: Where the commits are, for messages.
+
+    Raises:
+        ValueError: If they differ; names each field with both values.
+
+    Example:
+        >>> check_same({"batch_size": 4}, {"batch_size": 8}, ("batch_size",), "run")
+        >>> check_same({"batch_size": 4}, {"batch_size": 8}, (), "run")
+        Traceback (most recent call last):
+        ValueError: run: saw batch_size 8 where 4 is stored, expected the run that was stopped. ...
+    """
+    fields = dict(_flat({name: stored.get(name) for name in FIELDS if name not in ignored}))
+    others = dict(_flat({name: seen.get(name) for name in FIELDS if name not in ignored}))
+    wrong = [
+        (name, others.get(name, "nothing"), fields.get(name, "nothing"))
+        for name in [*fields, *(name for name in others if name not in fields)]
+        if others.get(name, "nothing") != fields.get(name, "nothing")
+    ]
+    if not wrong:
+        return
+    named = [f"{name} {_short(new)} where {_short(old)} is stored" for name, new, old in wrong]
+    rest = f", and {len(wrong) - _MOST_NAMED} more" if len(wrong) > _MOST_NAMED else ""
+    roots = ",".join(dict.fromkeys(re.split(r"\W", name)[0] for name, _, _ in wrong))
+    fix = (
+        "Call it as before to go on, give another run a folder of its own, or pass "
+        f'resume="ignore:{roots}" if you mean it.'
+    )
+    seen_text = ", ".join(named[:_MOST_NAMED]) + rest
+    raise ValueError(explain(path, seen=seen_text, expected="the run that was stopped", fix=fix))
+
+
+def digest_leaves(tree: Any) -> dict[str, Any]:
+    """Returns type and SHA-256 of each leaf by its path: what tells that a tree is the same.
+
+    Args:
+        tree: Any pytree of arrays. Above 1 GB in all, large leaves are sampled.
+
+    Example:
+        >>> digest_leaves({"w": np.zeros(2, np.float32)})["['w']"]
+        'float32[2] af5570f5a1810b7a'
+    """
+    leaves = leaves_with_paths(tree)
+    size = sum(getattr(leaf, "nbytes", 0) for _, leaf in leaves)
+    most = size if size <= FULL else SAMPLED // max(len(leaves), 1)
+    return {path: f"{describe_leaf(leaf)} {_digest(leaf, most)}" for path, leaf in leaves}
+
+
+def key_text(key: Any) -> str | None:
+    """Returns a random key as text, or None for None."""
+    return None if key is None else f"{describe_leaf(key)} {_digest(key, FULL)}"
+
+
+def _digest(leaf: Any, most: int) -> str:
+    array = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    digest = hashlib.sha256()
+    if len(data) <= most:
+        digest.update(data)
+    else:
+        count = max(most // _PIECE, 2)
+        for start in np.linspace(0, len(data) - _PIECE, count).astype(np.int64):
+            digest.update(data[start : start + _PIECE])
+    return digest.hexdigest()[:16]
+
+
+def _flat(field: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(field, dict) and field:
+        for key, value in field.items():
+            apart = " " if name and key[:1] not in (".", "[", "") else ""
+            yield from _flat(value, f"{name}{apart}{key}")
+    else:
+        yield name, field
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -1,0 +1,46 @@
+"""The carry's memory: a copy that plans may take over, and where it lies."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Sharding
+
+__all__ = ["device_of", "owned", "pinned"]
+
+
+def owned(tree: Any) -> Any:
+    """Copies leaves where they lie, so that a plan may take the copies' memory over."""
+    leaves, structure = jax.tree.flatten(tree)
+    if any(leaf.committed for leaf in leaves):
+        places = [leaf.sharding if leaf.committed else None for leaf in leaves]
+        copies = [
+            jax.device_put(leaf, place, may_alias=False)
+            for leaf, place in zip(leaves, places, strict=True)
+        ]
+    else:
+        copies = jax.device_put(leaves, may_alias=False)
+    return structure.unflatten(copies)
+
+
+def pinned(carry: Any) -> Any:
+    """Keeps a carry on several devices where it is: XLA might move it, and the next call fail."""
+    leaves = jax.tree.leaves(carry)
+    if all(leaf.sharding is None or len(leaf.sharding.device_set) == 1 for leaf in leaves):
+        return None
+    return jax.tree.map(lambda leaf: leaf.sharding, carry), None
+
+
+def device_of(tree: Any, sharding: Sharding | None) -> Any:
+    """Returns the first device that a run computes on."""
+    if sharding is not None:
+        return min(sharding.device_set, key=lambda device: device.id)
+    for leaf in jax.tree.leaves(tree):
+        if leaf.sharding is not None and getattr(leaf, "committed", True):
+            return min(leaf.sharding.device_set, key=lambda device: device.id)
+    config: Any = jax.config
+    default = config.jax_default_device
+    return (
+        jax.local_devices(backend=default)[0]
+        if default is None or isinstance(default, str)
+        else default
+    )

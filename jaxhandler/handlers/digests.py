@@ -1,0 +1,61 @@
+"""What tells that a step is the same: its jaxpr as text, and the numbers that it holds."""
+
+import hashlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxhandler.checkpointing.leaves import is_key
+
+__all__ = ["digest_jaxpr"]
+
+# Functions inside are printed with where they happened to lie in memory.
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def digest_jaxpr(jaxpr: Any) -> str:
+    """Returns a SHA-256 that is the same in every process as long as the step computes the same.
+
+    Model, loss, optimiser and their settings (a learning rate, an array that the loss closes over)
+    are all in a jaxpr.
+
+    Args:
+        jaxpr: A `jax.core.ClosedJaxpr`.
+
+    Example:
+        >>> double = digest_jaxpr(jax.make_jaxpr(lambda x: 2.0 * x)(1.0))
+        >>> double == digest_jaxpr(jax.make_jaxpr(lambda y: 2.0 * y)(3.0))
+        True
+        >>> double == digest_jaxpr(jax.make_jaxpr(lambda x: 2.1 * x)(1.0))
+        False
+    """
+    # Colours depend on whether somebody looks.
+    text = jaxpr.pretty_print(use_color=False)
+    digest = hashlib.sha256(_ADDRESS.sub("", text).encode())
+    _add_numbers(digest, jaxpr)
+    return digest.hexdigest()[:16]
+
+
+def _add_numbers(digest: Any, jaxpr: Any) -> None:
+    for const in getattr(jaxpr, "consts", ()):
+        _add(digest, const)
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for equation in jaxpr.eqns:
+        for operand in equation.invars:
+            if hasattr(operand, "val"):
+                _add(digest, operand.val)
+        inside = jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns")
+        )
+        for value in inside:
+            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                _add_numbers(digest, value)
+
+
+def _add(digest: Any, const: Any) -> None:
+    array = np.asarray(jax.random.key_data(const) if is_key(const) else const)
+    digest.update(f"{array.dtype}{array.shape}".encode())
+    if array.dtype != object:
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,0 +1,74 @@
+"""The n-th operation of the system fails: the run ends with that error, and the next goes on."""
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from tests.faults.runs import SCENARIOS, Death, failing, results
+
+pytestmark = pytest.mark.usefixtures("compiled_soon")
+
+
+def fail(scenario: str, number: int, error: str, folder: Path) -> OSError | None:
+    """Runs with an operation that fails; gives what was raised."""
+    restore = failing(Death(number, error))
+    try:
+        SCENARIOS[scenario](folder)
+    except OSError as raised:
+        return raised
+    finally:
+        restore()
+    return None
+
+
+def fail_at_each(scenario: str, error: str, step: int, folder: Path) -> int:
+    """Fails at one operation after another of one run, until nothing is left to do."""
+    whole = folder / "whole"
+    SCENARIOS[scenario](whole)
+    expected, number, failures = results(whole), 1, 0
+    while True:
+        work = folder / str(number)
+        work.mkdir()
+        raised = fail(scenario, number, error, work)
+        SCENARIOS[scenario](work)
+        assert results(work) == expected, number
+        failures += raised is not None
+        if raised is None and number > 40:
+            return failures
+        number += step
+
+
+@pytest.mark.parametrize("scenario", ["trainer", "npy", "zarr"])
+def test_a_run_survives_failing_operations(scenario: str, tmp_path: Path) -> None:
+    assert fail_at_each(scenario, "ENOSPC", 23, tmp_path) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_run_survives_each_failing_operation(scenario: str, error: str, tmp_path: Path) -> None:
+    assert fail_at_each(scenario, error, 1, tmp_path) >= 40
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    seen = []
+    for number in range(1, 60, 7):
+        raised = fail("npy", number, "ENOSPC", tmp_path)
+        seen.append(raised is None or str(tmp_path) in str(raised))
+    assert all(seen)
+
+
+@pytest.mark.parametrize("scenario", ["trainer", "npy"])
+def test_a_run_survives_a_disk_that_is_full(scenario: str, tmp_path: Path) -> None:
+    """As near to one as every machine comes: the system itself refuses to let files grow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=f"File too large.*{tmp_path}"):
+            SCENARIOS[scenario](tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    SCENARIOS[scenario](tmp_path)
+    SCENARIOS[scenario](tmp_path / "whole")
+    assert results(tmp_path) == results(tmp_path / "whole")
