@@ -83,6 +83,8 @@ def calculate(folder: Path, *, ending: str, every: Any = 0, **options: Any) -> A
 
 SCENARIOS: dict[str, Callable[..., Any]] = {
     "trainer": train,
+    # Commits that the run does not wait for, some left out.
+    "timed": lambda folder, **options: train(folder, **{"every": "3ms", **options}),
     "ensemble": lambda folder, **options: train(folder, members=3, **options),
     "npy": lambda folder, **options: calculate(folder, ending=".npy", **options),
     "zarr": lambda folder, **options: calculate(folder, ending=".zarr", **options),
