@@ -44,6 +44,10 @@ nitpick_ignore_regex = [
     ),
     ("py:class", r"jaxhandler\.inference\.(agents|buckets|engine|layers|requests)\..*"),
     ("py:class", r"jaxhandler\.plans\.Held"),
+    # Nor have those of an evaluator, of plots and of packs.
+    ("py:class", r"jaxhandler\.assembly\.(metrics\.Metrics|plots\.PlotState)"),
+    ("py:class", r"jaxhandler\.data\.(packing\.Packing|packing\.Packs|structures\.Structures)"),
+    ("py:class", r"Figure|Axes"),
 ]
 autodoc_member_order = "bysource"
 maximum_signature_line_length = 80

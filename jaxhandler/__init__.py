@@ -30,6 +30,7 @@ from jaxhandler.checkpointing.checkpoint import load_state as load_state
 from jaxhandler.data.atoms import AtomsDatabase as AtomsDatabase
 from jaxhandler.data.database import Database as Database
 from jaxhandler.data.opening import database as database
+from jaxhandler.data.packs import PackedSource as PackedSource
 from jaxhandler.data.sources import Source as Source
 from jaxhandler.data.sources import open_source as open_source
 from jaxhandler.ensembles.batching import BatchedModels as BatchedModels
@@ -124,6 +125,7 @@ __all__ = [
     "MicroBatcher",
     "Model",
     "NonFiniteError",
+    "PackedSource",
     "PlanCache",
     "PlanStats",
     "PlotMaker",

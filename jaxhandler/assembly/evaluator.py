@@ -69,7 +69,7 @@ class Evaluator(Calculator):
 
     @property
     def rising(self) -> tuple[str, ...]:
-        """The names of metrics of which more is better: `accuracy` and `rsq` that stand alone."""
+        """The names of metrics of which more is better, `accuracy` and `rsq` that stand alone."""
         return self.metrics.rising()
 
     @property
@@ -121,7 +121,7 @@ class Evaluator(Calculator):
                 the caller's mesh.
 
         Returns:
-            Metrics by name, float64: numbers, of an ensemble arrays `[E]`. NaN where no entry
+            Metrics by name, numbers in float64; of an ensemble arrays `[E]`. NaN where no entry
             counts.
 
         Raises:

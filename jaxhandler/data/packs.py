@@ -41,6 +41,15 @@ class PackedSource(Source):
     """A source whose rows are packs of structures.
 
     Attributes:
+        num_rows: Packs.
+        specs: A `jax.ShapeDtypeStruct` by column, `[num_packs, ...]`.
+        read: `read(start, stop)` fills packs, in fresh memory.
+        take: `take(indices)` likewise.
+        check: Refuses nothing; what does not fit shows when a pack is filled.
+        borrow: None.
+        name: How messages call it.
+        columns: `columns(names)` gives the same packs with some of the columns.
+        costly: Whether a row costs much more than its bytes.
         structures: Where they come from.
         packs: Which structure lies in which pack.
         packing: The sizes of packs.
