@@ -108,7 +108,8 @@ def fit(
         shuffle: As in `Trainer.train_from_host`. Where rows are packs, these are packed anew in
             every epoch as well.
         macrobatch_size: Rows on the device at once, rounded down to whole batches, or "auto"; None
-            is 10,000; of packs an eighth of them, at least 8 and at most 10,000 structures' worth.
+            is 10,000; of packs about an eighth of them, mostly at least 8, and no more than hold
+            10,000 structures.
         accumulate: Micro-batches a batch is split into, as in `jh.trainer`.
         on_nonfinite: As in `jh.trainer`: "raise", "skip", "freeze" (which ends the fit) or
             "ignore".
