@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ import numpy as np
 import optax
 
 from jaxhandler.assembly.controllers import Controller, patience
+from jaxhandler.assembly.evaluator import Evaluator
 from jaxhandler.assembly.tables import extended, improved, new_history
+from jaxhandler.checkpointing.saver import Leg
 from jaxhandler.data.order import generator_of
 from jaxhandler.data.sources import Source
 from jaxhandler.handlers.trainer import Trainer, trainer
@@ -143,6 +145,9 @@ class Epochs:
         on_nonfinite: As `jh.trainer` takes it.
         on_macrobatch_finish: As `Trainer.train_from_host` takes it.
         plans: Holds trainers and their plans.
+
+    Attributes:
+        macrobatch_size: Rows on the device at once, or "auto".
     """
 
     def __init__(
@@ -169,12 +174,12 @@ class Epochs:
         self._shuffle, self._plans, self._on_macrobatch = shuffle, plans, on_macrobatch_finish
         self._sources: dict[str, Source] = {}
         # Splits number structures where a row is a pack of several.
-        self._num_rows = self._source("train").num_rows
+        self._num_rows = self.source("train").num_rows
         in_database = len(database.splits["train"])
         packed = self._num_rows != in_database
         if macrobatch_size is None:
             macrobatch_size = _whole_packs(self._num_rows, in_database) if packed else _MACROBATCH
-        self._macrobatch_size = macrobatch_size
+        self.macrobatch_size = macrobatch_size
         one = patience(batch_size=1, eval_batch_size=1)
         self._controller = controller or (one if packed else patience())
         self._building = {"accumulate": accumulate, "on_nonfinite": on_nonfinite}
@@ -194,31 +199,38 @@ class Epochs:
         control = self._controller.init(self._num_rows) if control is None else control
         if state is not None:
             return state._replace(controller=control)
-        train = self._trainer(control.batch_size).init(params, key=key)
+        train = self.trainer(control.batch_size).init(params, key=key)
         history = new_history(self._splits, self._modules.evaluator.names)
         return FitState(train, train.params, 0, control, history)
 
-    def run(self, state: FitState, *, plots: bool) -> tuple[FitState, FitProgress, dict[str, Any]]:
+    def run(
+        self, state: FitState, *, plots: bool, leg: Leg | None = None
+    ) -> tuple[FitState, FitProgress, dict[str, Any]]:
         """Runs one epoch.
 
         Args:
             state: As the last one left it; nothing of it is donated.
             plots: Whether to collect what plots are drawn from.
+            leg: What keeps it on its way, or None.
 
         Returns:
             The state after it, what callbacks get, and the states of plots by split.
         """
         start = time.perf_counter()
         now, epoch = state.controller, int(state.train.epoch)
-        train, info = self._trainer(now.batch_size).train_from_host(
+        train, info = self.trainer(now.batch_size).train_from_host(
             _with_scale(state.train, now.learning_rate_scale),
-            self._source("train", generator_of(state.train.order_key, epoch, _PACKING)),
+            self.source("train", generator_of(state.train.order_key, epoch, _PACKING)),
             shuffle=self._shuffle,
-            macrobatch_size=self._macrobatch_size,
+            macrobatch_size=self.macrobatch_size,
             on_macrobatch_finish=self._on_macrobatch,
+            # Only a fit passes a leg, so no signature but the fold's names it.
+            checkpoint=cast(Any, leg),
         )
+        # What "auto" stood for once stands for it when the fit goes on.
+        rows = None if leg is None else leg.resolved["macrobatch_size"]
         metrics, pictures = self.evaluate(
-            train.params, self._splits, now.eval_batch_size, plots=plots
+            train.params, self._splits, now.eval_batch_size, plots=plots, macrobatch_size=rows
         )
         numbers: dict[str, Any] = {
             "loss": info.loss,
@@ -249,7 +261,13 @@ class Epochs:
         return state, progress, pictures
 
     def evaluate(
-        self, params: Any, splits: Iterable[str], batch_size: int | None, *, plots: bool
+        self,
+        params: Any,
+        splits: Iterable[str],
+        batch_size: int | None,
+        *,
+        plots: bool,
+        macrobatch_size: int | None = None,
     ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
         """Evaluates parameters on splits.
 
@@ -258,35 +276,39 @@ class Epochs:
             splits: Their names.
             batch_size: Rows of a batch; None leaves the evaluator as it was assembled.
             plots: Whether to collect what plots are drawn from.
+            macrobatch_size: Rows on the device at once; None for those of the fit.
 
         Returns:
             Metrics by split and name, and the states of plots by split.
         """
-        evaluator, size = self._evaluator(batch_size), self._macrobatch_size
+        evaluator, size = self.evaluator(batch_size), macrobatch_size or self.macrobatch_size
         metrics, pictures = {}, {}
         for split in splits:
-            given = (params, self._source(split))
+            given = (params, self.source(split))
             if plots:
                 metrics[split], pictures[split] = evaluator.collect(*given, macrobatch_size=size)
             else:
                 metrics[split] = evaluator.evaluate(*given, macrobatch_size=size)
         return metrics, pictures
 
-    def _source(self, split: str, order: np.random.Generator | None = None) -> Source:
+    def source(self, split: str, order: np.random.Generator | None = None) -> Source:
+        """Returns the columns of a split that are read; packs in an order of their own, if any."""
         if order is not None:
             return self._database.source(split, self._db_info, order=order)
         if split not in self._sources:
             self._sources[split] = self._database.source(split, self._db_info)
         return self._sources[split]
 
-    def _evaluator(self, batch_size: int | None) -> Any:
+    def evaluator(self, batch_size: int | None) -> Evaluator:
+        """Returns the evaluator of a batch size; None leaves it as it was assembled."""
         given = self._modules.evaluator
         if batch_size is None:
             return given
         key = ("fit", given.step, batch_size)
         return self._plans.get(key, lambda: given.with_batch_size(batch_size))
 
-    def _trainer(self, batch_size: int) -> Trainer:
+    def trainer(self, batch_size: int) -> Trainer:
+        """Returns the trainer of a batch size."""
         loss, optimizer, building = self._modules.loss, self._optimizer, self._building
 
         def build() -> Trainer:

@@ -1,5 +1,6 @@
 """The fit: epochs of training, evaluation, and what is decided between them."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,9 @@ import optax
 from jaxhandler.assembly.assemble import TrainingModules
 from jaxhandler.assembly.controllers import Controller
 from jaxhandler.assembly.epochs import Epochs, FitProgress, FitState, rescaled
+from jaxhandler.assembly.keeping import identity_of, keep
 from jaxhandler.assembly.tables import NUMBERS, Table, improved
+from jaxhandler.checkpointing.checkpoint import Checkpoint
 from jaxhandler.data.database import Database
 from jaxhandler.errors import a_type, check_count, explain, warn
 from jaxhandler.plans import PlanCache
@@ -56,6 +59,7 @@ def fit(
     controller: Controller | None = None,
     stopping_key: str | None = None,
     callbacks: Iterable[Callable[[FitProgress], Any]] = (),
+    checkpoint: Checkpoint | None = None,
     plot_every: int | None = None,
     state: FitState | None = None,
     evaluate: Sequence[str] = ("valid",),
@@ -96,6 +100,8 @@ def fit(
             metrics have one, else the first.
         callbacks: Functions of one `FitProgress`, called after each epoch; one that returns True
             ends the fit.
+        checkpoint: A `jh.checkpoint`, with which the fit goes on where it was stopped, within an
+            epoch too. Give what it began with. Callbacks may hear of an epoch again.
         plot_every: Draws the plots of the plot maker after every so many epochs, of the splits that
             are evaluated then; None only at the end, of the best parameters.
         state: The `state` of an earlier result: goes on exactly where that stood. `params` and
@@ -126,9 +132,10 @@ def fit(
     Raises:
         NonFiniteError: If a loss or a parameter is not finite and `on_nonfinite="raise"`.
         KeyboardInterrupt: At a second Ctrl-C.
+        OSError: If a commit cannot be written.
         TypeError: If an argument has the wrong type.
-        ValueError: If a split, a column or the stopping key is missing, `state` belongs to another
-            fit, or a number makes no sense.
+        ValueError: If a split, a column or the stopping key is missing, `state` or the commits
+            belong to another fit, or a number makes no sense.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np, optax, jaxhandler as jh
@@ -191,38 +198,57 @@ def fit(
         on_macrobatch_finish=on_macrobatch_finish,
         plans=PlanCache() if plans is None else plans,
     )
-    table = Table(shown=progress)
-
-    state = run.begin(state, params, key)
-    try:
-        while not (ended := _ended(state, num_epochs)):
-            epoch = len(state.history["loss"]) + 1
-            due = plot_every is not None and epoch % plot_every == 0
-            state, at, pictures = run.run(state, plots=due)
-            table.show(str(at), at.metrics, improved(state.history, evaluator.rising))
-            _draw(evaluator, pictures, state, epoch)
-            # Every callback is called, those behind one that ends the fit as well.
-            if any(_is_true(said) for said in [callback(at) for callback in callbacks]):
-                ended = "callback"
-                break
-    except KeyboardInterrupt:
-        ended = _interrupted(state)
-    best: dict[str, Any] = {}
-    if epochs_done := len(state.history["loss"]):
-        if not state.best_epoch:
-            seen = f"no finite {stopping_key!r} of valid in {epochs_done} epochs"
-            fix = "The parameters given back are those of the last one."
-            warn(explain("stopping_key", seen=seen, expected="one", fix=fix))
+    begun, table = run.begin(state, params, key), Table(shown=progress)
+    identify = functools.partial(
+        identity_of,
+        run,
+        begun,
+        filled,
+        params=params,
+        key=key,
+        controller=controller,
+        stopping_key=stopping_key,
+        evaluate=splits,
+        epochs=num_epochs,
+        shuffle=shuffle,
+        macrobatch_size=macrobatch_size,
+    )
+    with keep(checkpoint, begun, identify) as kept:
+        state, ended, best = kept.state, kept.ended, kept.metrics
         try:
-            size, plots = state.controller.eval_batch_size, plot_maker is not None
-            best, pictures = run.evaluate(state.params, best_splits, size, plots=plots)
-            table.show(_title(state, ended), best, passing=False)
-            _draw(evaluator, pictures, state, None)
+            with kept.saving():
+                while not (ended := ended or _ended(state, num_epochs)):
+                    epoch = len(state.history["loss"]) + 1
+                    due = plot_every is not None and epoch % plot_every == 0
+                    state, at, pictures = run.run(state, plots=due, leg=kept.leg(state))
+                    table.show(str(at), at.metrics, improved(state.history, evaluator.rising))
+                    _draw(evaluator, pictures, state, epoch)
+                    # Every callback is called, those behind one that ends the fit as well.
+                    if any(_is_true(said) for said in [callback(at) for callback in callbacks]):
+                        ended = "callback"
+                    best = None
+                    kept.look(state)
         except KeyboardInterrupt:
-            if ended == "interrupted":
-                raise
-            ended = _interrupted(state)
-    return FitResult(state.params, state, {**state.history, "best": best, "ended": ended})
+            ended = _interrupted(state, checkpoint is not None)
+        if epochs_done := len(state.history["loss"]):
+            if not state.best_epoch:
+                seen = f"no finite {stopping_key!r} of valid in {epochs_done} epochs"
+                fix = "The parameters given back are those of the last one."
+                warn(explain("stopping_key", seen=seen, expected="one", fix=fix))
+            try:
+                pictures: dict[str, Any] = {}
+                if best is None or best.keys() != set(best_splits):
+                    size, plots = state.controller.eval_batch_size, plot_maker is not None
+                    best, pictures = run.evaluate(state.params, best_splits, size, plots=plots)
+                    if ended != "interrupted":
+                        kept.finish(state, ended, best)
+                table.show(_title(state, ended), best, passing=False)
+                _draw(evaluator, pictures, state, None)
+            except KeyboardInterrupt:
+                if ended == "interrupted":
+                    raise
+                ended = _interrupted(state, checkpoint is not None)
+    return FitResult(state.params, state, {**state.history, "best": best or {}, "ended": ended})
 
 
 def _draw(evaluator: Any, pictures: Mapping[str, Any], state: FitState, epoch: int | None) -> None:
@@ -244,11 +270,12 @@ def _ended(state: FitState, num_epochs: int) -> str:
     return "" if np.all(np.asarray(state.train.active)) else "frozen"
 
 
-def _interrupted(state: FitState) -> str:
+def _interrupted(state: FitState, on_disk: bool) -> str:
     # No warning: where these are errors, it would cost the result.
+    how = "call it again as before" if on_disk else "pass state=result.state"
     text = (
         f"jh.fit: interrupted after {len(state.history['loss'])} whole epochs, which the result "
-        "holds. To go on from there, pass state=result.state. Ctrl-C again raises."
+        f"holds. To go on from there, {how}. Ctrl-C again raises."
     )
     print(text, file=sys.stderr, flush=True)
     return "interrupted"

@@ -27,6 +27,8 @@ FIELDS = (
     "members",
     "member_order",
     "step",
+    "metrics",
+    "controller",
     "params",
     "state",
     "out",

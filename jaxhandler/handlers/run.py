@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxhandler.checkpointing.checkpoint import Checkpoint
+from jaxhandler.checkpointing.saver import Leg
 from jaxhandler.data.order import Visit, check_order, num_visits, visits
 from jaxhandler.data.placement import replicate_like, resolve_sharding, stand_in
 from jaxhandler.data.sinks import BlockSink, Sink, open_sink
@@ -48,7 +49,7 @@ class Options(NamedTuple):
     progress: bool = False
     read_ahead: int = 1
     sharding: Placement = None
-    checkpoint: Checkpoint | None = None
+    checkpoint: Checkpoint | Leg | None = None
     resident: bool = False
     dry: bool = False
 

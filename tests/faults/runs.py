@@ -1,6 +1,7 @@
 """Runs of children that die: each scenario is a whole durable run in a folder of its own."""
 
 import errno
+import functools
 import multiprocessing
 import os
 import random
@@ -17,6 +18,7 @@ import numpy as np
 import optax
 
 import jaxhandler as jh
+from jaxhandler.checkpointing.commits import commits_in
 
 ROWS, MACROBATCH = 320, 32
 # Fewer than a run does that begins.
@@ -81,6 +83,43 @@ def calculate(folder: Path, *, ending: str, every: Any = 0, **options: Any) -> A
     )
 
 
+@functools.cache
+def assembled() -> tuple[Any, ...]:
+    """What a fit is of; not made at import, since a process that has used JAX must not fork."""
+    rows = np.arange(ROWS - 5)
+    splits = {"train": rows[:240], "valid": rows[240:280], "test": rows[280:]}
+    database = jh.database(data(), splits=splits)
+    error = jh.losses.mse(jh.pred("y"), jh.true("y"))
+    modules, db_info = jh.assemble_for_training(
+        error,
+        {"MSE": error},
+        model=lambda params, inputs: {"y": jnp.tanh(inputs["x"] @ params)},
+        params=jnp.full(4, 0.1),
+        specs=database.specs,
+    )
+    return modules, db_info, database, optax.adamw(0.01)
+
+
+CONTROLLER = jh.controllers.raise_batch_size_on_plateau(
+    batch_size=16, max_batch_size=32, patience=1, threshold=0.5
+)
+
+
+def fit(folder: Path, *, every: Any = 0, on_macrobatch_start: Any = None) -> Any:
+    return jh.fit(
+        *assembled(),
+        params=jnp.full(4, 0.1),
+        epochs=3,
+        key=jax.random.key(0),
+        controller=CONTROLLER,
+        macrobatch_size=64,
+        # A fit tells of macrobatches that are under way.
+        on_macrobatch_finish=on_macrobatch_start,
+        checkpoint=jh.checkpoint(folder / "kept", every=every),
+        progress=False,
+    )
+
+
 SCENARIOS: dict[str, Callable[..., Any]] = {
     "trainer": train,
     # Commits that the run does not wait for, some left out.
@@ -88,17 +127,20 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
     "ensemble": lambda folder, **options: train(folder, members=3, **options),
     "npy": lambda folder, **options: calculate(folder, ending=".npy", **options),
     "zarr": lambda folder, **options: calculate(folder, ending=".zarr", **options),
+    "fit": fit,
 }
 
 
 def results(folder: Path) -> dict[str, bytes]:
     """The bytes a complete run leaves: outputs, and what its last commit holds."""
-    last = max((folder / "kept").glob("commit-*"))
+    arrays = next(commits_in(folder / "kept")).arrays
+    # All but how long the epochs of a fit took.
+    commit = {name: array.tobytes() for name, array in arrays.items() if "seconds" not in name}
     files = [path for path in folder.glob("out*") if path.is_file()]
     files += [path for path in folder.glob("out*/**/*") if path.is_file()]
     files = [path for path in files if "manifest" not in path.name]
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-    return {**found, "commit": (last / "arrays.safetensors").read_bytes()}
+    return {**found, **commit}
 
 
 def run_child(scenario: str, folder: Path, death: Death | None = None) -> int | None:

@@ -50,13 +50,13 @@ def survive(scenario: str, kills: int, whole: dict[str, bytes], tmp_path: Path) 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_kills_leave_no_trace(scenario: str, whole: dict, tmp_path: Path) -> None:
-    survive(scenario, 5, whole[scenario], tmp_path)
+    survive(scenario, 4, whole[scenario], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_many_kills_leave_no_trace(scenario: str, whole: dict, tmp_path: Path) -> None:
-    survive(scenario, 60, whole[scenario], tmp_path)
+    survive(scenario, 50, whole[scenario], tmp_path)
 
 
 @pytest.mark.slow

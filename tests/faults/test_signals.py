@@ -57,6 +57,7 @@ def signalled(scenario: str, folder: Path, number: signal.Signals, lines: int) -
     [
         ("trainer", signal.SIGTERM, 4),
         ("npy", signal.SIGINT, 3),
+        ("fit", signal.SIGTERM, 6),
         pytest.param("ensemble", signal.SIGINT, 12, marks=pytest.mark.slow),
         pytest.param("zarr", signal.SIGTERM, 1, marks=pytest.mark.slow),
     ],
