@@ -1,11 +1,18 @@
 """The n-th operation of the system fails: the run ends with that error, and the next goes on."""
 
 import resource
+import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
+import jaxhandler as jh
 from tests.faults.runs import SCENARIOS, Death, failing, results
+
+ROOT = Path(jh.__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("compiled_soon")
 
@@ -72,3 +79,38 @@ def test_a_run_survives_a_disk_that_is_full(scenario: str, tmp_path: Path) -> No
     SCENARIOS[scenario](tmp_path)
     SCENARIOS[scenario](tmp_path / "whole")
     assert results(tmp_path) == results(tmp_path / "whole")
+
+
+ON_A_DISK_OF_ITS_OWN = """
+    import errno, subprocess, sys
+    from pathlib import Path
+    import jax
+    jax.config.update("jax_disable_most_optimizations", True)
+    from tests.faults.runs import SCENARIOS, results
+
+    disk, run = Path(sys.argv[2]), SCENARIOS[sys.argv[1]]
+    try:
+        run(disk)
+    except OSError as error:
+        assert error.errno == errno.ENOSPC, error
+        assert str(disk) in str(error), error
+        commits = len(list(disk.glob("kept/commit-*")))
+    subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+    run(disk)
+    run(disk / "whole")
+    print(commits, results(disk) == results(disk / "whole"))
+"""
+
+
+@pytest.mark.parametrize("scenario", ["npy", pytest.param("fit", marks=pytest.mark.slow)])
+def test_a_run_goes_on_once_a_disk_that_was_full_has_room(scenario: str, tmp_path: Path) -> None:
+    mounted = 'mount -t tmpfs -o size=32k tmpfs "$0" && exec "$@"'
+    command = ["unshare", "-Urm", "bash", "-c", mounted, str(tmp_path)]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"]).returncode:
+        pytest.skip("no right to mount a disk")
+    script = [sys.executable, "-c", textwrap.dedent(ON_A_DISK_OF_ITS_OWN), scenario, str(tmp_path)]
+    done = subprocess.run([*command, *script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    commits, same = done.stdout.split()
+    assert int(commits) > 0
+    assert same == "True"
