@@ -79,7 +79,7 @@ class Kept:
         self.state = FitState(train, params, content["best_epoch"], control, history)
         self._resolved, self._middle = content["resolved"], commit if entries[_BEGUN] else None
         self.ended = "callback" if content["ended"] == "callback" else ""
-        if content["ended"]:
+        if entries[_METRICS]:
             self.metrics = jax.tree.map(float, nested(entries[_METRICS], commit.arrays))
 
     @contextlib.contextmanager
@@ -100,11 +100,11 @@ class Kept:
         resolved = self._resolved.setdefault(str(state.controller.batch_size), {})
         return Leg(self._saver, lambda: self._content(state), trees, resolved, middle)
 
-    def look(self, state: FitState) -> None:
+    def look(self, state: FitState, ended: str) -> None:
         """Commits the state after an epoch if it is time; else it is what is left to commit."""
         if self._saver is None:
             return
-        given = self._content(state), self._trees(state)
+        given = self._content(state, ended), self._trees(state)
         self._saver.check()
         if self._saver.due():
             self._saver.save(*given)
@@ -116,18 +116,17 @@ class Kept:
         """Commits what a fit ended with, so that the next call finds it."""
         if self._commits is None:
             return
-        content = {**self._content(state), "ended": ended}
         arrays = {_METRICS: jax.tree.map(np.float64, metrics)}
         with Saver(self._commits, self._every) as saver:
-            saver.save(content, {**self._trees(state), **arrays}, wait=True)
+            saver.save(self._content(state, ended), {**self._trees(state), **arrays}, wait=True)
 
-    def _content(self, state: FitState) -> dict[str, Any]:
+    def _content(self, state: FitState, ended: str = "") -> dict[str, Any]:
         return {
             "identity": self._identity,
             "resolved": {size: dict(found) for size, found in self._resolved.items()},
             "best_epoch": state.best_epoch,
             "controller": _plain_numbers(state.controller),
-            "ended": "",
+            "ended": ended,
         }
 
     def _trees(self, state: FitState) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def fit(
                     if any(_is_true(said) for said in [callback(at) for callback in callbacks]):
                         ended = "callback"
                     best = None
-                    kept.look(state)
+                    kept.look(state, ended)
         except KeyboardInterrupt:
             ended = _interrupted(state, checkpoint is not None)
         if epochs_done := len(state.history["loss"]):

@@ -151,6 +151,31 @@ def test_a_fit_that_a_callback_ended_stays_ended(tmp_path):
     same_result(kept_fit(tmp_path), ended)
 
 
+def test_what_a_callback_said_is_not_lost_before_the_last_evaluation(tmp_path):
+    def stop(at):
+        if at.epoch == 2:
+            Column.armed = True
+        return at.epoch == 2
+
+    class Column:
+        """Stops the fit where it reads after the second epoch."""
+
+        shape, dtype, armed = DATA["y"].shape, DATA["y"].dtype, False
+
+        def __getitem__(self, rows):
+            if Column.armed:
+                Column.armed = False
+                raise Stopped
+            return DATA["y"][rows]
+
+    database = jh.database({"x": X, "y": Column()}, splits=SPLITS)
+    with pytest.raises(Stopped):
+        kept_fit(tmp_path, database=database, callbacks=[stop])
+    result = kept_fit(tmp_path, database=database)
+    assert result.history["ended"] == "callback"
+    assert sorted(result.history["best"]) == ["test", "train", "valid"]
+
+
 def test_best_parameters_that_are_the_last_are_stored_and_held_once(tmp_path):
     result = kept_fit(tmp_path)
     assert result.state.best_epoch == EPOCHS
