@@ -100,6 +100,7 @@ def assembled() -> tuple[Any, ...]:
     return modules, db_info, database, optax.adamw(0.01)
 
 
+PLANS = jh.PlanCache()
 CONTROLLER = jh.controllers.raise_batch_size_on_plateau(
     batch_size=16, max_batch_size=32, patience=1, threshold=0.5
 )
@@ -117,6 +118,7 @@ def fit(folder: Path, *, every: Any = 0, on_macrobatch_start: Any = None) -> Any
         on_macrobatch_finish=on_macrobatch_start,
         checkpoint=jh.checkpoint(folder / "kept", every=every),
         progress=False,
+        plans=PLANS,
     )
 
 
