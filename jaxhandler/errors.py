@@ -34,10 +34,16 @@ class IsolationError(ValueError):
 class NonFiniteError(FloatingPointError):
     """A loss or a parameter became NaN or infinite while `on_nonfinite="raise"` was in force.
 
+    Attributes:
+        rows: Row numbers of the batch in the data, ascending, NumPy integers `[K]`; None where the
+            parameters broke without a loss that tells.
+
     Example:
         >>> issubclass(NonFiniteError, FloatingPointError)
         True
     """
+
+    rows: Any = None
 
 
 class RowDependenceError(ValueError):

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -94,7 +94,9 @@ class Database:
             {'x': array([1, 3], dtype=int32)}
         """
         rows = None if split is None else self._rows(split)
-        return self.select(rows, self._names(columns), order)
+        found = self.select(rows, self._names(columns), order)
+        # Messages name rows by their numbers in the split.
+        return found if split is None else replace(found, name=split)
 
     def save_splits(self, path: str | os.PathLike[str]) -> None:
         """Writes the splits to a file that `jaxhandler.database(..., splits=path)` takes.

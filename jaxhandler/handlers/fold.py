@@ -28,12 +28,15 @@ class Finished(NamedTuple):
         block: Its outputs where they are kept in blocks, else None.
         carry: Gives the latest carry; later macrobatches may have been folded into it already.
         settled: Whether none has: nothing is under way, and all outputs are where they go.
+        in_turn: `in_turn(fn, *args)` calls what reads rows after the reading that is under way, for
+            sources that two threads must not read at once; what it gives waits for the result.
     """
 
     visit: Visit
     block: Any
     carry: Callable[[], Any]
     settled: bool
+    in_turn: Callable[..., Callable[[], Any]]
 
 
 class Result(NamedTuple):
@@ -139,7 +142,7 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
         if bar is not None:
             told = (lambda: block) if program.metrics else None
             bar.update(run.progress(visit, len(visit.batches), told))
-        return Finished(visit, block, lambda: run.carry, not pending)
+        return Finished(visit, block, lambda: run.carry, not pending, reader.submit)
 
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(recycling())

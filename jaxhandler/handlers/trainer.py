@@ -11,8 +11,7 @@ import optax
 from jaxhandler.checkpointing.checkpoint import Checkpoint
 from jaxhandler.data.sources import Source, open_source, resident_source
 from jaxhandler.errors import a_type, check_choice, check_count, explain
-from jaxhandler.handlers.finite import check_losses, check_params, warn_frozen
-from jaxhandler.handlers.fold import Finished
+from jaxhandler.handlers.finite import Lookout
 from jaxhandler.handlers.handler import RESIDENT, Handler
 from jaxhandler.handlers.means import merged
 from jaxhandler.handlers.program import Program, check_builder
@@ -188,18 +187,9 @@ class Trainer(Handler):
         options = options._replace(key=state.order_key, first_epoch=epoch)
         active = np.asarray(state.active)
         step = self.step if active.all() else self.stopping_step
-        known = ~active
-
-        def finished(macrobatch: Finished) -> None:
-            nonlocal known
-            if self.on_nonfinite == "raise":
-                check_losses(macrobatch, source.name)
-            elif self.on_nonfinite == "freeze":
-                known = warn_frozen(macrobatch, source.name, known)
-
-        result = self._fold(step, (), state, source, options, on_finished=finished)
-        if self.on_nonfinite == "raise":
-            check_params(result.carry)
+        lookout = Lookout(self.on_nonfinite, source)
+        result = self._fold(step, (), state, source, options, on_finished=lookout.look)
+        lookout.end(result.carry)
         info: TrainInfo = result.outputs
         if self.program.members is not None:
             info = jax.tree.map(lambda leaf: np.moveaxis(leaf, 0, 1), info)
@@ -249,8 +239,10 @@ def trainer(
             step equals one on the whole batch, in less memory.
         on_nonfinite: "raise" stops a run at a loss that is not finite, one macrobatch late, and
             gives back no parameters that are not; "skip" leaves out steps whose loss or gradients
-            are not finite; "freeze" keeps the last finite state from there on, warns once and
-            clears `state.active`, which in an ensemble concerns that member only; "ignore" goes on.
+            are not finite, and warns once, where the run ends; "freeze" keeps the last finite state
+            from there on, warns once and clears `state.active`, which in an ensemble concerns that
+            member only; "ignore" goes on. All but the last name the batch, its rows in the data,
+            and what in them is not finite.
         donate: Whether plans may take over the memory of the state's copy, which halves what it
             needs.
         batch_size: Rows of a batch, `B`.

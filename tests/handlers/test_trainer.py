@@ -231,7 +231,8 @@ def test_raise_notices_parameters_that_break_in_the_very_last_step():
 
 def test_skip_leaves_out_steps_that_are_not_finite():
     tr = jh.trainer(errors, optax.adam(0.1), batch_size=32, on_nonfinite="skip")
-    state, info = tr.train(start(tr), nan_in_row(100), shuffle=None)
+    with pytest.warns(UserWarning, match=r"left out 1 of 7 steps, .*batch 3 \(rows 96 to 128 of"):
+        state, info = tr.train(start(tr), nan_in_row(100), shuffle=None)
     assert info.finite.tolist() == [True, True, True, False, True, True, True]
     assert np.isfinite(state.params["w"]).all()
     assert int(state.step) == 7
