@@ -3,6 +3,7 @@
 It stands at the root because a conftest holds only for what lies below its folder.
 """
 
+import gc
 import os
 import threading
 import time
@@ -31,6 +32,13 @@ hypothesis.settings.load_profile("jaxhandler")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _little_to_collect() -> None:
+    """Keeps what is alive out of later collections, of which tests of memory ask for many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
