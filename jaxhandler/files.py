@@ -1,24 +1,31 @@
 """Files that are whole or absent: atomic writes, manifests that say what is complete."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxhandler.errors import explain
 
 __all__ = [
+    "BLOCK",
     "MANIFEST",
+    "add_checksums",
     "atomic_write",
     "blaming",
     "checksum",
+    "checksum_text",
+    "checksum_within",
     "manifest_of",
     "partial_of",
+    "private",
     "publish",
     "read_manifest",
     "recover",
@@ -31,9 +38,10 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-_FORMAT = "jaxhandler"
+BLOCK = 2**20
+"""Bytes that have a CRC-32 of their own."""
+_FORMAT, _DIGEST = "jaxhandler", "sha256"
 _LARGEST_MANIFEST = 64 * 2**20
-_PIECE = 2**20
 
 
 @contextlib.contextmanager
@@ -88,6 +96,17 @@ def blaming(path: Path) -> Iterator[None]:
         raise
 
 
+def private(path: str, flags: int) -> int:
+    """Opens a file, the `opener` of `open`, that nobody but its owner may read or write.
+
+    Example:
+        >>> with open("plan", "xb", opener=private) as file:
+        ...     f"{os.fstat(file.fileno()).st_mode & 0o777:o}"
+        '600'
+    """
+    return os.open(path, flags, 0o600)
+
+
 def sync_file(path: Path) -> None:
     """Makes what has been written to a file last."""
     with open(path, "rb") as file, blaming(path):
@@ -105,16 +124,17 @@ def sync_folder(path: Path) -> None:
 
 
 def checksum(path: str | os.PathLike[str]) -> str:
-    """Returns the CRC-32 of a file in hexadecimal, read in pieces.
+    """Returns the CRC-32 of each MiB of a file in hexadecimal.
 
     It finds what disks and networks do to files, at a third of the cost of a SHA-256, which took
-    longer than the disk did to write the file.
+    longer than the disk did to write the file. Each MiB has its own, so that who reads some rows
+    need not read the others to know that these are whole.
 
     Args:
         path: The file.
 
     Returns:
-        8 hexadecimal digits.
+        8 hexadecimal digits for each MiB, at least 8.
 
     Raises:
         OSError: If the file cannot be read.
@@ -126,22 +146,53 @@ def checksum(path: str | os.PathLike[str]) -> str:
         >>> checksum(path)
         'c459294f'
     """
-    crc, piece = 0, bytearray(_PIECE)
     with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            crc = zlib.crc32(memoryview(piece)[:count], crc)
-    return f"{crc:08x}"
+        return checksum_within(file, 0, os.fstat(file.fileno()).st_size)
 
 
-def seal(path: Path, checksums: Mapping[Path, str]) -> dict[str, dict[str, Any]]:
+def checksum_within(file: FileIO, start: int, stop: int) -> str:
+    """Returns that of bytes `start` to `stop` of an open file, or of as many as there are."""
+    crcs: list[int] = []
+    piece = memoryview(bytearray(min(BLOCK, max(stop - start, 1))))
+    file.seek(start)
+    while start < stop and (count := file.readinto(piece[: stop - start])):
+        add_checksums(crcs, start, piece[:count])
+        start += count
+    return checksum_text(crcs)
+
+
+def add_checksums(crcs: list[int], position: int, view: memoryview) -> None:
+    """Continues the CRC-32 of each MiB by more bytes.
+
+    Args:
+        crcs: Those of the bytes before, the last one of a MiB that may go on; changed in place.
+        position: Where in the file the bytes lie: behind those before.
+        view: The bytes.
+    """
+    while len(view):
+        within = position % BLOCK
+        if not within or not crcs:
+            crcs.append(0)
+        piece = view[: BLOCK - within]
+        crcs[-1] = zlib.crc32(piece, crcs[-1])
+        position, view = position + len(piece), view[len(piece) :]
+
+
+def checksum_text(crcs: list[int]) -> str:
+    """Returns what `checksum` does, of CRC-32s that are known."""
+    return "".join(f"{crc:08x}" for crc in crcs or [0])
+
+
+def seal(path: Path, known: Mapping[Path, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Makes the files of the unfinished output at `path` last, and says what they are.
 
     Args:
         path: Where the output shall appear; its files lie in `path.partial` as yet.
-        checksums: Those known already, by the file they are of; the others are read back.
+        known: What the manifest shall say of a file besides; a file of which the `crc32` is not
+            among it is read back.
 
     Returns:
-        Bytes and CRC-32 of each file by its name, for the manifest: in a folder its path inside.
+        Bytes and checksum of each file by its name, for the manifest: in a folder its path inside.
 
     Raises:
         OSError: If a file cannot be read, or the disk fails.
@@ -158,8 +209,8 @@ def seal(path: Path, checksums: Mapping[Path, str]) -> dict[str, dict[str, Any]]
             sync_folder(file)
             continue
         sync_file(file)
-        size = file.stat().st_size
-        entries[name] = {"bytes": size, "crc32": checksums.get(file) or checksum(file)}
+        said = {"bytes": file.stat().st_size, **known.get(file, {})}
+        entries[name] = said if "crc32" in said else {**said, "crc32": checksum(file)}
     return entries
 
 
@@ -176,7 +227,7 @@ def manifest_of(path: Path) -> Path:
 
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:
-    """Writes a manifest, JSON with sorted keys, atomically.
+    """Writes a manifest, JSON with sorted keys and a SHA-256 of all it says, atomically.
 
     Args:
         path: The manifest's own path.
@@ -193,7 +244,8 @@ def write_manifest(path: Path, content: dict[str, Any]) -> None:
         3
     """
     with atomic_write(path) as fresh:
-        text = json.dumps({"format": _FORMAT, "version": 1, **content}, indent=1, sort_keys=True)
+        said = {"format": _FORMAT, "version": 1, **content}
+        text = json.dumps({**said, _DIGEST: _digest(said)}, indent=1, sort_keys=True)
         fresh.write_text(text + "\n", encoding="utf-8")
 
 
@@ -243,7 +295,14 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
             raise ValueError(
                 explain(str(path), seen=f"the file {name!r}", expected=expected, fix=fix)
             )
+    if content.pop(_DIGEST, None) != _digest(content):
+        seen, expected = "another SHA-256 than it says", "a manifest as it was written"
+        raise ValueError(explain(str(path), seen=seen, expected=expected, fix=fix))
     return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def replaced_of(path: Path) -> Path:

@@ -9,7 +9,10 @@ import numpy as np
 
 from jaxhandler.errors import explain
 
-__all__ = ["decode", "encode"]
+__all__ = ["LARGEST_HEADER", "decode", "encode"]
+
+LARGEST_HEADER = 100_000_000
+"""Bytes, as in the format's own library."""
 
 _NAMES = {
     "bool": "BOOL",
@@ -76,6 +79,8 @@ def decode(
     """
     try:
         start = 8 + int.from_bytes(data[:8], "little")
+        if start - 8 > LARGEST_HEADER:
+            raise ValueError(f"a header of {start - 8} bytes")
         header = json.loads(data[8:start])
         found = []
         for name, shape, kind in kinds:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxhandler.errors import a_type, check_count, explain
 
-__all__ = ["data_size", "leaves_with_paths", "map_data", "slice_data"]
+__all__ = ["data_size", "leaves_with_paths", "map_data", "ragged", "slice_data"]
 
 
 def leaves_with_paths(
@@ -60,7 +61,7 @@ def data_size(data: Any, *, argument: str = "data") -> int:
     for path, leaf in leaves:
         shape = getattr(leaf, "shape", None)
         if shape is None:
-            seen = f"{a_type(leaf)} without a shape{_ragged(data)}"
+            seen = f"{a_type(leaf)} without a shape{ragged(data)}"
             fix = "Make one array of the rows first, with np.asarray(...)."
             text = explain(argument, path=path, seen=seen, expected="an array [N, ...]", fix=fix)
             raise TypeError(text)
@@ -147,15 +148,34 @@ def _same(leaf: Any) -> Any:
     return leaf
 
 
-def _ragged(data: Any) -> str:
-    """Names the first row of a list of lists that is longer or shorter than the first one."""
+def ragged(data: Any) -> str:
+    """Names the first row of a list of lists that is longer or shorter than the first one.
+
+    Args:
+        data: A list, an array of objects, or dicts and tuples of them.
+
+    Returns:
+        Text for a message, in brackets; empty where rows are of one length, or no lists.
+
+    Example:
+        >>> ragged({"x": [[1, 2], [3, 4], [5]]})
+        ' (row 2 has 1 entries where row 0 has 2)'
+    """
     if isinstance(data, dict | tuple):
         columns = data.values() if isinstance(data, dict) else data
-        return next((text for column in columns if (text := _ragged(column))), "")
-    if not isinstance(data, list) or not data or not isinstance(data[0], list | tuple):
+        return next((text for column in columns if (text := ragged(column))), "")
+    if isinstance(data, np.ndarray):
+        data = list(data) if data.dtype.kind == "O" and data.ndim else []
+    lengths = [_length(entries) for entries in data] if isinstance(data, list) else []
+    if not lengths or lengths[0] is None:
         return ""
-    for row, entries in enumerate(data):
-        if not isinstance(entries, list | tuple) or len(entries) != len(data[0]):
-            length = len(entries) if isinstance(entries, list | tuple) else "no"
-            return f" (row {row} has {length} entries where row 0 has {len(data[0])})"
+    for row, length in enumerate(lengths):
+        if length != lengths[0]:
+            has = "no" if length is None else length
+            return f" (row {row} has {has} entries where row 0 has {lengths[0]})"
     return ""
+
+
+def _length(entries: Any) -> int | None:
+    listed = isinstance(entries, list | tuple) or getattr(entries, "ndim", 0) > 0
+    return len(entries) if listed else None

@@ -7,6 +7,7 @@ import zlib
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 
 from jaxhandler import files
@@ -111,6 +112,18 @@ def test_the_checksum_is_crc_32(content, tmp_path_factory):
     assert files.checksum(path) == f"{zlib.crc32(content):08x}"
 
 
+def test_each_mebibyte_has_a_checksum_of_its_own(tmp_path):
+    content = np.random.default_rng(0).bytes(2 * files.BLOCK + 7)
+    (tmp_path / "x").write_bytes(content)
+    parts = [content[start : start + files.BLOCK] for start in range(0, len(content), files.BLOCK)]
+    expected = "".join(f"{zlib.crc32(part):08x}" for part in parts)
+    assert files.checksum(tmp_path / "x") == expected
+    crcs: list[int] = []
+    for start, stop in ((0, 5), (5, files.BLOCK + 1), (files.BLOCK + 1, len(content))):
+        files.add_checksums(crcs, start, memoryview(content)[start:stop])
+    assert files.checksum_text(crcs) == expected
+
+
 def test_one_flipped_bit_changes_the_checksum(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"\0" * 5_000_000)
@@ -146,7 +159,8 @@ def test_a_folder_is_sealed_with_all_that_is_in_it_but_its_manifest(tmp_path):
 def test_a_checksum_that_is_known_is_not_computed_again(tmp_path):
     partial = tmp_path / "x.npy.partial"
     partial.write_bytes(b"rows")
-    assert files.seal(tmp_path / "x.npy", {partial: "known"})["x.npy"]["crc32"] == "known"
+    known = {partial: {"crc32": "known", "layout": [[0, 1]]}}
+    assert files.seal(tmp_path / "x.npy", known)["x.npy"] == {"bytes": 4, **known[partial]}
 
 
 # Manifests
@@ -180,6 +194,21 @@ def test_where_there_is_no_manifest_there_is_none(tmp_path):
     (tmp_path / "file").touch()
     assert files.read_manifest(tmp_path / "nowhere") is None
     assert files.read_manifest(tmp_path / "file" / "below") is None
+
+
+def test_a_manifest_that_was_changed_is_refused(tmp_path):
+    path = tmp_path / files.MANIFEST
+    files.write_manifest(path, {"rows": 3, "complete": False})
+    whole = path.read_text()
+    for old, new in (
+        ("3", "2"),
+        ("rows", "cows"),
+        ("sha256", "sha257"),
+        ('"version": 1', '"version": 2'),
+    ):
+        path.write_text(whole.replace(old, new, 1))
+        with pytest.raises(ValueError, match=f"{path}: saw another SHA-256 than it says"):
+            files.read_manifest(path)
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "3", '"text"', "null", '{"format": "others"}'])

@@ -253,7 +253,7 @@ def _on_disk(
                 num_pairs.append(piece.num_pairs)
                 for name, file in grown.items():
                     file.append(getattr(piece, name))
-            np.save(partial / "num_pairs.npy", np.concatenate(num_pairs))
+            np.save(partial / "num_pairs.npy", np.concatenate(num_pairs), allow_pickle=False)
     load = lambda name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)  # noqa: E731
     return FoundPairs(*map(load, FoundPairs._fields))
 

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -138,7 +137,7 @@ class Commits:
                 partial.mkdir()
                 files = {ARRAYS: _write(partial / ARRAYS, arrays)}
                 body = {"content": content, "entries": entries, "files": files}
-                publish(path, {"kind": _KIND, "layout": _LAYOUT, "sha256": _digest(body), **body})
+                publish(path, {"kind": _KIND, "layout": _LAYOUT, **body})
         except OSError:
             with contextlib.suppress(OSError):
                 remove(partial)
@@ -207,13 +206,11 @@ def _read(path: Path) -> Commit:
     manifest = read_manifest(name)
     if manifest is None:
         raise ValueError(explain(str(name), seen="nothing of ours", expected="a manifest"))
-    body: dict[str, Any] = {part: manifest.get(part) for part in ("content", "entries", "files")}
-    marks = tuple(manifest.get(mark) for mark in ("kind", "layout", "complete", "sha256"))
-    if marks != (_KIND, _LAYOUT, True, _digest(body)):
-        expected = "a whole commit of this version of jaxhandler"
-        raise _damaged(name, f"{marks[:3]} or another SHA-256 than it says", expected)
-    entries: dict[str, list[Entry]] = body["entries"]
-    file, there = path / ARRAYS, body["files"][ARRAYS]
+    marks = tuple(manifest.get(mark) for mark in ("kind", "layout", "complete"))
+    if marks != (_KIND, _LAYOUT, True):
+        raise _damaged(name, f"{marks}", "a whole commit of this version of jaxhandler")
+    entries: dict[str, list[Entry]] = manifest["entries"]
+    file, there = path / ARRAYS, manifest["files"][ARRAYS]
     data = file.read_bytes()
     if hashlib.sha256(data).hexdigest() != there["sha256"]:
         seen = f"{len(data)} bytes of another SHA-256"
@@ -221,11 +218,7 @@ def _read(path: Path) -> Commit:
     kinds = [kind for each in entries.values() for kind in stored(each)]
     arrays = decode(data, kinds, str(file))
     names = [name for name, _, _ in kinds]
-    return Commit(path, body["content"], entries, dict(zip(names, arrays, strict=True)))
-
-
-def _digest(body: Any) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return Commit(path, manifest["content"], entries, dict(zip(names, arrays, strict=True)))
 
 
 def _damaged(path: Path, seen: str, expected: str) -> ValueError:

@@ -7,8 +7,9 @@ import numpy as np
 
 from jaxhandler.data.buffers import aligned_copy
 from jaxhandler.errors import check_choice, explain, warn
+from jaxhandler.trees import ragged
 
-__all__ = ["check_dtype", "check_fits", "narrow"]
+__all__ = ["check_dtype", "check_fits", "check_leaf", "narrow"]
 
 _REMEDIES = {
     "O": "Convert it to numbers first, with .astype(...), in rows of one length.",
@@ -50,8 +51,8 @@ def check_dtype(name: str, array: Any, narrowing: str = "warn") -> np.dtype:
     # bfloat16 and its like call themselves void, and a timedelta64 a signed integer.
     low_precision = dtype.kind == "V" and jax.dtypes.issubdtype(dtype, np.number)
     if dtype.kind in _REMEDIES and not low_precision:
-        fix = _REMEDIES[dtype.kind]
-        raise TypeError(explain(name, seen=f"dtype {dtype}", expected=expected, fix=fix))
+        fix, seen = _REMEDIES[dtype.kind], f"dtype {dtype}{ragged(array)}"
+        raise TypeError(explain(name, seen=seen, expected=expected, fix=fix))
     if not dtype.isnative:
         fix = 'Convert it first, with .astype(x.dtype.newbyteorder("=")).'
         raise TypeError(explain(name, seen=f"byte order {dtype.str}", expected="native", fix=fix))
@@ -71,14 +72,17 @@ def check_dtype(name: str, array: Any, narrowing: str = "warn") -> np.dtype:
     return target
 
 
-def check_fits(name: str, array: np.ndarray, target: np.dtype, rows: int | np.ndarray = 0) -> None:
+def check_fits(
+    name: str, array: np.ndarray, target: np.dtype, rows: int | np.ndarray | None = 0
+) -> None:
     """Refuses integers that `target` cannot hold.
 
     Args:
         name: Argument and path of the leaf, for messages.
         array: Rows `[n, ...]`.
         target: The dtype they will have.
-        rows: The source's number of the first row, or of every row, for messages.
+        rows: The source's number of the first row, or of every row, for messages; None where
+            values lie in no rows.
 
     Raises:
         OverflowError: If a value does not fit; names its row.
@@ -90,14 +94,14 @@ def check_fits(name: str, array: np.ndarray, target: np.dtype, rows: int | np.nd
     if low >= limits.min and high <= limits.max:
         return
     wrong = np.argwhere((array < limits.min) | (array > limits.max))[0]
-    value, row = array[tuple(wrong)], _row_number(rows, wrong)
+    seen = f"{array[tuple(wrong)]}{_in_row(rows, wrong)}"
     fix = "Subtract an offset, split the number in two, or set jax_enable_x64."
     expected = f"{limits.min} to {limits.max} ({target})"
-    raise OverflowError(explain(name, seen=f"{value} in row {row}", expected=expected, fix=fix))
+    raise OverflowError(explain(name, seen=seen, expected=expected, fix=fix))
 
 
 def narrow(
-    name: str, array: np.ndarray, target: np.dtype, rows: int | np.ndarray = 0
+    name: str, array: np.ndarray, target: np.dtype, rows: int | np.ndarray | None = 0
 ) -> np.ndarray:
     """Returns fresh memory that holds `array` as `target`, refusing values that do not fit.
 
@@ -105,7 +109,8 @@ def narrow(
         name: Argument and path of the leaf, for messages.
         array: Rows `[n, ...]`.
         target: The dtype they will have.
-        rows: The source's number of the first row, or of every row, for messages.
+        rows: The source's number of the first row, or of every row, for messages; None where
+            values lie in no rows.
 
     Returns:
         A new array of dtype `target`.
@@ -116,15 +121,51 @@ def narrow(
     check_fits(name, array, target, rows)
     with np.errstate(over="ignore"):
         narrowed = aligned_copy(array, target)
-    if jax.dtypes.issubdtype(array.dtype, np.inexact) and array.dtype != target:
-        lost = np.isfinite(array) & ~np.isfinite(narrowed)
-        if lost.any():
-            wrong = np.argwhere(lost)[0]
-            seen = f"{array[tuple(wrong)]} in row {_row_number(rows, wrong)}"
-            fix = "Scale the values, or keep a wider dtype; float64 needs jax_enable_x64."
-            raise OverflowError(explain(name, seen=seen, expected=f"a finite {target}", fix=fix))
+    _check_finite(name, array, narrowed, rows)
     return narrowed
 
 
-def _row_number(rows: int | np.ndarray, wrong: np.ndarray) -> int:
-    return int(rows[wrong[0]]) if isinstance(rows, np.ndarray) else rows + int(wrong[0])
+def check_leaf(name: str, leaf: Any) -> np.ndarray:
+    """Returns a leaf of parameters or of a state as JAX will have it, refusing what it would spoil.
+
+    Args:
+        name: Argument and path of the leaf, for messages.
+        leaf: An array of NumPy's, or a Python number. 64 bits become 32 without a word, as in JAX.
+
+    Returns:
+        The array.
+
+    Raises:
+        OverflowError: If an integer does not fit, or a finite float becomes infinite.
+        TypeError: If it is no number, or of a dtype that JAX does not have.
+
+    Example:
+        >>> check_leaf("params['w']", 2.0)
+        array(2., dtype=float32)
+        >>> check_leaf("params['w']", "two")
+        Traceback (most recent call last):
+        TypeError: params['w']: saw dtype <U3, expected numbers or bools that JAX has. ...
+    """
+    array = np.asarray(leaf)
+    target = check_dtype(name, leaf if hasattr(leaf, "dtype") else array, "allow")
+    return array if array.dtype == target else narrow(name, array, target, None)
+
+
+def _check_finite(
+    name: str, array: np.ndarray, narrowed: np.ndarray, rows: int | np.ndarray | None
+) -> None:
+    if jax.dtypes.issubdtype(array.dtype, np.inexact) and array.dtype != narrowed.dtype:
+        lost = np.isfinite(array) & ~np.isfinite(narrowed)
+        if lost.any():
+            wrong = np.argwhere(lost)[0]
+            seen = f"{array[tuple(wrong)]}{_in_row(rows, wrong)}"
+            fix = "Scale the values, or keep a wider dtype; float64 needs jax_enable_x64."
+            expected = f"a finite {narrowed.dtype}"
+            raise OverflowError(explain(name, seen=seen, expected=expected, fix=fix))
+
+
+def _in_row(rows: int | np.ndarray | None, wrong: np.ndarray) -> str:
+    if rows is None:
+        return ""
+    row = int(rows[wrong[0]]) if isinstance(rows, np.ndarray) else rows + int(wrong[0])
+    return f" in row {row}"

@@ -1,5 +1,6 @@
 """The flat columns of structures: opened without a look at how many rows each has."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from jaxhandler.data.columns import array_reader
 from jaxhandler.data.dtypes import check_dtype
 from jaxhandler.data.readers.complete import check_complete
 from jaxhandler.data.readers.formats import readers_of
+from jaxhandler.data.readers.intact import Intact, rows_of
 from jaxhandler.data.readers.npy import npy_reader
 from jaxhandler.data.readers.reader import Reader
 from jaxhandler.errors import a_type, explain
@@ -52,8 +54,7 @@ def named_readers(data: Any, name: str) -> dict[str, Reader]:
     """
     if isinstance(data, str | os.PathLike):
         path = Path(data)
-        check_complete(path)
-        data = readers_of(path, "raise")
+        data = readers_of(path, "raise", check_complete(path))
     if not isinstance(data, Mapping):
         seen, expected = a_type(data), "named columns"
         fix = "Pass a dict, or a folder or file of columns with a column num_atoms."
@@ -64,8 +65,8 @@ def named_readers(data: Any, name: str) -> dict[str, Reader]:
 def _reader(name: str, leaf: Any) -> Reader:
     if isinstance(leaf, str | os.PathLike):
         path = Path(leaf)
-        check_complete(path)
-        leaf = _mapped(path) if path.suffix == ".npy" else readers_of(path, "raise")
+        intact = check_complete(path)
+        leaf = _mapped(path, intact) if path.suffix == ".npy" else readers_of(path, "raise", intact)
     if isinstance(leaf, Mapping):
         raise TypeError(explain(name, seen="a group of columns", expected="an array"))
     if not isinstance(leaf, Reader):
@@ -81,12 +82,26 @@ def _reader(name: str, leaf: Any) -> Reader:
     return leaf
 
 
-def _mapped(path: Path) -> Reader:
-    found = npy_reader(path)
+def _mapped(path: Path, intact: Intact) -> Reader:
+    found = npy_reader(path, intact)
     if not found.specs.shape or found.specs.dtype.hasobject:
         return found  # Refused by its type or shape.
     # Mapped once, where the reader of rows opens the file for every read.
-    return array_reader(str(path), np.load(path, mmap_mode="r", allow_pickle=False))
+    mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    reader = array_reader(str(path), mapped)
+    row_bytes = mapped.nbytes // max(len(mapped), 1)
+
+    def read(start: int, stop: int) -> np.ndarray:
+        begin, end = (mapped.offset + row * row_bytes for row in (start, stop))
+        intact.check(path, begin, end, rows_of(mapped.offset, row_bytes))
+        return reader.read(start, stop)
+
+    def take(indices: np.ndarray) -> np.ndarray:
+        intact.check_rows(path, mapped.offset, row_bytes, 0, indices)
+        assert reader.take is not None
+        return reader.take(indices)
+
+    return dataclasses.replace(reader, read=read, take=take)
 
 
 def scattering(reader: Reader) -> Reader:

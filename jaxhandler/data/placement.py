@@ -1,15 +1,17 @@
 """Where rows, constants and carries lie: one device, or the caller's mesh."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jaxhandler.data.dtypes import check_leaf
 from jaxhandler.errors import a_type, explain
+from jaxhandler.trees import leaves_with_paths
 from jaxhandler.typing import Placement
 
 __all__ = ["place_rows", "placed_specs", "replicate_like", "resolve_sharding", "stand_in"]
@@ -105,28 +107,53 @@ def replicate_like(
     type from step to step.
 
     Args:
-        tree: Any pytree of arrays or numbers, or of `jax.ShapeDtypeStruct` with `stand_in`.
+        tree: Any pytree of arrays or numbers, or of `jax.ShapeDtypeStruct` with `stand_in`; of a
+            run the pair of consts and carry, which messages then call so.
         sharding: That of a batch, or None.
         put: `put(leaf, sharding)` places a leaf; `stand_in` only says what would lie there.
 
     Returns:
         A tree of JAX arrays, or what `put` gives.
+
+    Raises:
+        OverflowError: If a number does not fit the dtype that JAX gives it; names the leaf.
+        TypeError: If a leaf is no number, or of a dtype that JAX does not have.
     """
     target: Any = sharding
     if isinstance(sharding, NamedSharding):
         target = NamedSharding(sharding.mesh, PartitionSpec())
 
-    def place(leaf: Any) -> Any:
+    # Most trees lie there already, and paths as text take longer than all else here.
+    names = functools.cache(lambda: _names(tree))
+
+    def place(number: int, leaf: Any) -> Any:
         described = isinstance(leaf, jax.ShapeDtypeStruct)
         if not described and (not isinstance(leaf, jax.Array) or getattr(leaf, "weak_type", False)):
-            return put(np.asarray(leaf), target)
+            return put(check_leaf(names()[number], leaf), target)
         lies: Any = leaf.sharding
         there = lies is not None and (target is None or lies.device_set == target.device_set)
         if there and not described:
             return leaf
         return put(leaf, lies if there else target)
 
-    return jax.tree.map(place, tree)
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten([place(*each) for each in enumerate(leaves)])
+
+
+def _names(tree: Any) -> list[str]:
+    """What messages call the leaves by: the arguments they came in, and their paths."""
+    arguments = {"tree": tree}
+    if type(tree) is tuple and len(tree) == 2:
+        consts, carry = tree
+        arguments = {
+            "consts" if jax.tree.leaves(carry) else "params": consts,
+            "state" if hasattr(carry, "opt_state") else "carry": carry,
+        }
+    return [
+        f"{argument}{path}"
+        for argument, part in arguments.items()
+        for path, _ in leaves_with_paths(part)
+    ]
 
 
 def _leaf_sharding(leaf: Any, sharding: Any, leading: int) -> Any:

@@ -1,5 +1,6 @@
 """Where outputs go: memory, the device, a file, or a folder."""
 
+import math
 import os
 import uuid
 from pathlib import Path
@@ -166,8 +167,8 @@ class HostSink:
     """Joins outputs in host memory, allocated once."""
 
     def __init__(self, specs: Any, row_axis: int) -> None:
-        allocate = lambda spec: aligned_empty(spec.shape, np.dtype(spec.dtype))  # noqa: E731
-        self._arrays = jax.tree.map(allocate, specs)
+        leaves = [_allocated(path, spec) for path, spec in leaves_with_paths(specs)]
+        self._arrays = jax.tree.structure(specs).unflatten(leaves)
         self._axis = row_axis
 
     def write(self, start: int, pieces: list[Any]) -> None:
@@ -183,6 +184,18 @@ class HostSink:
 
     def abort(self) -> None:
         self._arrays = None
+
+
+def _allocated(path: str, spec: Any) -> np.ndarray:
+    try:
+        return aligned_empty(spec.shape, np.dtype(spec.dtype))
+    except MemoryError as error:
+        size = math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+        seen = f"{size:,} bytes for {spec.dtype}{list(spec.shape)}"
+        fix = "Write them to a path with out=, or take them block by block."
+        expected = "outputs that host memory has room for"
+        text = explain("outputs", path=path, seen=seen, expected=expected, fix=fix)
+        raise MemoryError(text) from error
 
 
 class DeviceSink:

@@ -186,8 +186,7 @@ def _is_instance(leaf: Any, module: str, kind: str) -> bool:
 
 
 def _open_path(path: Path, policy: _Policy) -> Source:
-    check_complete(path)
-    readers = readers_of(path, policy.missing_chunks)
+    readers = readers_of(path, policy.missing_chunks, check_complete(path))
     arrays = [leaf for leaf in jax.tree.leaves(readers) if isinstance(leaf, Reader)]
     sizes = {leaf.name: leaf.specs.shape[:1] for leaf in arrays if isinstance(leaf.specs, Stored)}
     if len(set(sizes.values()) - {()}) > 1:

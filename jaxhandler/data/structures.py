@@ -280,9 +280,9 @@ def write_structures(structures: Structures, folder: str | os.PathLike[str]) -> 
     path = Path(folder)
     check_replaceable(path, "structures")
     with new_folder(path, "structures", {"rows": structures.num_rows}) as partial:
-        np.save(partial / "num_atoms.npy", structures.num_atoms)
+        np.save(partial / "num_atoms.npy", structures.num_atoms, allow_pickle=False)
         if structures.num_pairs is not None:
-            np.save(partial / "num_pairs.npy", structures.num_pairs)
+            np.save(partial / "num_pairs.npy", structures.num_pairs, allow_pickle=False)
         for name, (_, reader) in structures.columns.items():
             stored = reader.specs
             with GrowingFile(partial / f"{name}.npy", stored.shape[1:], stored.dtype) as file:

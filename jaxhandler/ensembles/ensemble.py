@@ -173,13 +173,13 @@ def _init_of(program: Program, members: int) -> Callable[..., Any]:
         check_members("params", params, members)
         check_members("model_state", model_state, members)
         keys = as_key("key", key)
+        if keys.shape not in ((), (members,)):
+            seen, expected = f"keys {list(keys.shape)}", f"one key, or keys [{members}]"
+            raise ValueError(explain("key", seen=seen, expected=expected))
         if order_key is None:
             order_key = default_order_key(keys.ravel()[0])
         if keys.shape == ():
             keys = jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(members))
-        if keys.shape != (members,):
-            seen, expected = f"keys {list(keys.shape)}", f"one key, or keys [{members}]"
-            raise ValueError(explain("key", seen=seen, expected=expected))
 
         def one(params: Any, key: Any, model_state: Any) -> Any:
             assert program.init is not None

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxhandler.data.dtypes import check_leaf
 from jaxhandler.errors import a_type, explain
 from jaxhandler.handlers.means import as_mean, merged
 from jaxhandler.handlers.steps import convolves
@@ -105,6 +106,8 @@ def init_state(
             raise TypeError(
                 explain("params", path=path, seen=seen, expected="a floating array", fix=fix)
             )
+        if not isinstance(leaf, jax.Array):
+            check_leaf(f"params{path}", leaf)
     key = as_key("key", key)
     # One compilation, and none of the eager operations of an optimiser's init.
     opt_state = jax.jit(optimizer.init)(params)

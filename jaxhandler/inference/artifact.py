@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler.errors import explain, extra
-from jaxhandler.files import MANIFEST, partial_of, publish, read_manifest, recover, remove
+from jaxhandler.files import MANIFEST, partial_of, private, publish, read_manifest, recover, remove
 from jaxhandler.inference.engine import Engine
 from jaxhandler.inference.exporting import Model, as_numbers, exported_model
 from jaxhandler.inference.policies import Policy, from_spec
@@ -63,6 +63,8 @@ class _Leaf(NamedTuple):
 def save(engine: Engine, params: Any, directory: str | os.PathLike[str]) -> None:
     """Writes the artifact of a model and of how it is served; what `infer.save` does.
 
+    Nobody but its owner may read or write it, until its permissions are changed.
+
     Args:
         engine: The plans of the model.
         params: Its parameters.
@@ -103,13 +105,12 @@ def save(engine: Engine, params: Any, directory: str | os.PathLike[str]) -> None
     arrays = dict(zip(names, map(np.asarray, jax.tree.leaves(numbers)), strict=True))
     partial = partial_of(path)
     remove(partial)
-    partial.mkdir(parents=True)
+    partial.mkdir(mode=0o700, parents=True)
     files = {
         MODEL: _write(partial / MODEL, [exported.serialize()]),
         PARAMS: _write(partial / PARAMS, encode(arrays)),
     }
-    content = {"settings": settings, "files": files}
-    publish(path, {"kind": _KIND, "layout": _VERSION, "sha256": _digest(content), **content})
+    publish(path, {"kind": _KIND, "layout": _VERSION, "settings": settings, "files": files})
 
 
 def describe(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -141,10 +142,7 @@ def describe(directory: str | os.PathLike[str]) -> dict[str, Any]:
         fix = "Load it with the version of jaxhandler that wrote it."
         seen, expected = f"layout {manifest.get('layout')!r}", f"layout {_VERSION}"
         raise ValueError(explain(str(name), seen=seen, expected=expected, fix=fix))
-    content = {key: manifest.get(key) for key in ("settings", "files")}
-    if manifest.get("sha256") != _digest(content):
-        raise _damaged(name, "another SHA-256 than it says")
-    settings, files = content["settings"], content["files"]
+    settings, files = manifest.get("settings"), manifest.get("files")
     if not isinstance(settings, dict) or not isinstance(files, dict) or {*files} != {MODEL, PARAMS}:
         raise _damaged(name, "other files than an artifact has")
     return {**settings, "files": files}
@@ -267,7 +265,7 @@ def _manifest(path: Path) -> dict[str, Any] | None:
 
 def _write(path: Path, pieces: Iterable[Any]) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
-    with open(path, "wb") as file:
+    with open(path, "xb", opener=private) as file:
         for piece in pieces:
             file.write(piece)
             digest.update(piece)

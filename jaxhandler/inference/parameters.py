@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhandler.data.dtypes import check_dtype
+from jaxhandler.data.dtypes import check_dtype, narrow
 from jaxhandler.errors import a_type, explain
 from jaxhandler.trees import leaves_with_paths
 
@@ -34,9 +34,10 @@ def on_device(params: Any) -> Any:
         if isinstance(leaf, jax.Array):
             return leaf
         if isinstance(leaf, np.ndarray | np.generic):
-            check_dtype(f"params{jax.tree_util.keystr(path)}", leaf)
+            name = f"params{jax.tree_util.keystr(path)}"
+            target = check_dtype(name, leaf)
             # Without jnp, which would compile a conversion for every shape.
-            return jax.device_put(np.array(leaf))
+            return jax.device_put(narrow(name, np.asarray(leaf), target, None))
         try:
             return jnp.asarray(leaf)
         except TypeError as error:

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jaxhandler.data.buffers import aligned_empty
 from jaxhandler.data.dtypes import check_dtype, narrow
 from jaxhandler.errors import a_type, explain
-from jaxhandler.trees import leaves_with_paths
+from jaxhandler.trees import leaves_with_paths, ragged
 
 __all__ = ["Rows", "pad", "traced_outputs", "trim"]
 
@@ -325,5 +325,6 @@ def _shape_of(leaf: Any, name: str) -> tuple[int, ...]:
     shape = getattr(leaf, "shape", None)
     if shape is None or not hasattr(leaf, "dtype"):
         fix = "Make it one with np.asarray(...)."
-        raise TypeError(explain(name, seen=a_type(leaf), expected="an array", fix=fix))
+        seen = a_type(leaf) + ragged(leaf)
+        raise TypeError(explain(name, seen=seen, expected="an array", fix=fix))
     return tuple(shape)

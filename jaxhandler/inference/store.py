@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxhandler.errors import explain, warn
-from jaxhandler.files import atomic_write
+from jaxhandler.files import atomic_write, private
 from jaxhandler.plans import compile_plan, signature
 from jaxhandler.versions import versions
 
@@ -198,8 +198,8 @@ def _write(path: Path, compiled: Any) -> None:
         # Not every platform can; JAX's own cache is there yet.
         return
     try:
-        with atomic_write(path) as fresh:
-            fresh.write_bytes(hashlib.sha256(data).digest() + data)
+        with atomic_write(path) as fresh, open(fresh, "xb", opener=private) as file:
+            file.write(hashlib.sha256(data).digest() + data)
     except OSError as error:
         fix = "Make room, or call jh.enable_plan_store with another folder."
         seen, expected = f"{error}", "a folder to write to"

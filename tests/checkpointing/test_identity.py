@@ -2,10 +2,14 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 
+import jaxhandler as jh
+from jaxhandler import files
 from jaxhandler.checkpointing import identity
-from jaxhandler.checkpointing.identity import check_same, digest_leaves
+from jaxhandler.checkpointing.commits import commits_in
+from jaxhandler.checkpointing.identity import FIELDS, check_same, digest_leaves
 
 
 def test_every_difference_is_named_with_both_values():
@@ -60,3 +64,72 @@ def test_large_trees_are_sampled_to_their_ends(monkeypatch):
     ends[0][0], ends[1][-1] = 1, 1
     digests = [digest_leaves(each)[""] for each in (leaf, *ends)]
     assert len(set(digests)) == 3
+
+
+# Every field, in a run that goes on.
+
+TRAINER = jh.trainer(lambda w, x: ((x * w).sum(axis=1) - 1) ** 2, optax.sgd(0.01), batch_size=16)
+STATE = TRAINER.init(np.float32(1), key=jax.random.key(0))
+# Six pieces of what a digest reads at once.
+ROWS = np.zeros((6 * 2**18, 1), np.float32)
+
+
+def train(folder, rows=ROWS[:64], **options):
+    kept = jh.checkpoint(folder, **options)
+    return TRAINER.train_from_host(STATE, rows, macrobatch_size=32, checkpoint=kept)
+
+
+@pytest.fixture
+def kept(tmp_path):
+    train(tmp_path / "kept")
+    return tmp_path / "kept"
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_run_that_was_stored_with_another_value_is_refused_by_its_field(field, kept):
+    """Another device for one, which a test has no other way to come by."""
+    [commit] = kept.glob("commit-*")
+    path = commit / files.MANIFEST
+    manifest = files.read_manifest(path)
+    assert manifest is not None
+    assert field in manifest["content"]["identity"]
+    manifest["content"]["identity"][field] = "another"
+    files.write_manifest(path, manifest)
+    plans = TRAINER.program.plans.stats()
+    with pytest.raises(ValueError, match=rf"saw {field}.* where .* is stored") as caught:
+        train(kept)
+    assert f'resume="ignore:{field}"' in str(caught.value)
+    assert TRAINER.program.plans.stats().compiles == plans.compiles
+    train(kept, resume=f"ignore:{field}")
+
+
+def test_the_fields_are_all_that_a_run_is_stored_with(kept):
+    [commit] = commits_in(kept)
+    assert sorted(commit.content["identity"]) == sorted(FIELDS)
+
+
+@pytest.mark.parametrize("place", [0, 3 * 2**18 + 5, 6 * 2**18 - 1])
+def test_one_changed_value_is_refused_where_all_is_digested(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxhandler.data.fingerprints._FULL", 2**20)
+    monkeypatch.setattr("jaxhandler.data.fingerprints._SAMPLED", 2**21)
+    calc = jh.calculator(lambda params, x: x.sum(axis=1) * params, batch_size=2**18, mode="loop")
+
+    def run(rows, extent):
+        folder = tmp_path / extent
+        folder.mkdir(exist_ok=True)
+        kept = jh.checkpoint(folder / "kept", fingerprint=extent, every="1h")
+        options = {"macrobatch_size": 2**18, "out": folder / "out.npy", "checkpoint": kept}
+        return calc.calc_from_host(np.float32(1), rows, **options)
+
+    changed = ROWS.copy()
+    changed[place] = 1e-30
+    run(ROWS, "full")
+    with pytest.raises(ValueError, match=r"saw data float32\[N, 1\] \w+ where float32\[N, 1\]"):
+        run(changed, "full")
+    # Of larger data, pieces are digested unless told otherwise; the first and the last among them.
+    run(ROWS, "auto")
+    if place in (0, len(ROWS) - 1):
+        with pytest.raises(ValueError, match="saw data float32"):
+            run(changed, "auto")
+    else:
+        run(changed, "auto")

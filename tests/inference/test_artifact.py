@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 
 import jaxhandler as jh
-from jaxhandler.files import partial_of, replaced_of
+from jaxhandler.files import partial_of, replaced_of, write_manifest
 from jaxhandler.inference.artifact import MODEL, PARAMS, describe
 
 Change = Callable[[dict[str, Any]], object]
@@ -38,11 +38,9 @@ def rewrite(folder: Path, change: Change) -> None:
     """Changes a manifest and its digest, as somebody who knows the format would."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
+    del manifest["sha256"]
     change(manifest)
-    content = {key: manifest[key] for key in ("settings", "files")}
-    text = json.dumps(content, sort_keys=True).encode()
-    manifest["sha256"] = hashlib.sha256(text).hexdigest()
-    path.write_text(json.dumps(manifest))
+    write_manifest(path, manifest)
 
 
 def test_a_loaded_inferer_computes_the_same_for_any_number_of_rows(tmp_path: Path) -> None:

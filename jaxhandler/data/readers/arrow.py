@@ -16,6 +16,7 @@ import numpy as np
 from jaxhandler.data.readers.advice import Watch
 from jaxhandler.data.readers.blocks import block_reader
 from jaxhandler.data.readers.flat import Place, flat_reader
+from jaxhandler.data.readers.intact import FOREIGN, Intact
 from jaxhandler.data.readers.reader import (
     Reader,
     Stamp,
@@ -40,7 +41,10 @@ class _Part(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """Record batch `number` of a file, which begins there with row `first`."""
+    """Record batch `number` of a file, which begins there with row `first`.
+
+    Its message lies in bytes `begin` to `end`, what it says of its columns before `body`.
+    """
 
     part: int
     number: int
@@ -48,14 +52,18 @@ class _Batch(NamedTuple):
     rows: int
     nulls: bool
     compressed: bool
+    begin: int
+    body: int
+    end: int
 
 
-def arrow_reader(name: str, paths: Sequence[Path]) -> Any:
+def arrow_reader(name: str, paths: Sequence[Path], intact: Intact = FOREIGN) -> Any:
     """Returns the readers of a table's columns: one file, or parts whose rows follow each other.
 
     Args:
         name: How messages call the table.
         paths: Its files, in order.
+        intact: What tells that bytes are those that were written.
 
     Returns:
         A dict of readers by column; one column stands for itself.
@@ -70,6 +78,7 @@ def arrow_reader(name: str, paths: Sequence[Path]) -> Any:
     batches: list[_Batch] = []
     for path in paths:
         stamp = stamp_of(path.stat())
+        intact.check_layout(path)
         with _opened(pa, path, stamp) as (file, table):
             batches.extend(_batches(pa, file, len(parts)))
             parts.append(_Part(path, stamp, table.schema))
@@ -77,6 +86,8 @@ def arrow_reader(name: str, paths: Sequence[Path]) -> Any:
     check_schemas(paths, schemas)
     starts = np.cumsum([0, *(batch.rows for batch in batches)])
     num_rows = int(starts[-1])
+    if intact.rows not in (None, num_rows):
+        raise damaged(name, "Arrow IPC", f"{num_rows} rows, not {intact.rows} as its manifest says")
 
     def arrays(numbers: Sequence[int], column: str) -> Iterator[tuple[_Batch, Any]]:
         """Yields a column of these record batches; no other is decoded."""
@@ -86,7 +97,9 @@ def arrow_reader(name: str, paths: Sequence[Path]) -> Any:
             only = [schema.get_field_index(column)] if len(schema) > 1 else None
             with _opened(pa, path, stamp, only) as (_, table):
                 for batch in (batches[number] for number in group):
-                    yield batch, table.get_batch(batch.number).column(0)
+                    rows = batch.first, batch.first + batch.rows
+                    intact.check(path, batch.begin, batch.end, lambda *_, rows=rows: rows)
+                    yield batch, _decoded(pa, path, table, batch).column(0)
 
     def first_rows(column: str) -> Any:
         return next(array for _, array in arrays([0], column))
@@ -103,14 +116,16 @@ def arrow_reader(name: str, paths: Sequence[Path]) -> Any:
                 pass
     compressed = any(batch.compressed for batch in batches)
     flat = [] if compressed else [key for key, stored in specs.items() if stored.dtype != bool]
-    places = _places(pa, parts, batches, flat)
+    places = _places(pa, parts, batches, flat, intact)
     readers: list[tuple[list[str], Reader]] = []
     said: set[str] = set()
     for column, stored in specs.items():
         called = f"{name}[{column!r}]"
         if column in places:
             watch = Watch(called, "record batches", said)
-            reader = flat_reader(called, stored, places[column].__getitem__, starts, watch=watch)
+            reader = flat_reader(
+                called, stored, places[column].__getitem__, starts, watch=watch, intact=intact
+            )
         else:
             decode = functools.partial(decoded, column=column, stored=stored)
             reader = block_reader(called, stored, starts, decode, unit="record batches", said=said)
@@ -128,7 +143,7 @@ def _opened(
     try:
         with pa.memory_map(str(path)) as file:
             yield file, pa.ipc.open_file(file, options=options)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, struct.error) as error:
         raise damaged(str(path), "Arrow IPC", error) from error
 
 
@@ -137,11 +152,15 @@ def _batches(pa: Any, file: Any, part: int) -> Iterator[_Batch]:
     file.seek(_MAGIC_BYTES)
     messages = pa.ipc.MessageReader.open_stream(file)
     number = first = 0
+    begin = file.tell()
     for message in messages:
+        end = file.tell()
         if message.type == "record batch":
             batch = _described(bytes(message.metadata))
-            yield _Batch(part, number, first, *batch)
+            body = end - (message.body.size if message.body is not None else 0)
+            yield _Batch(part, number, first, *batch, begin, body, end)
             number, first = number + 1, first + batch[0]
+        begin = end
 
 
 def _described(metadata: bytes) -> tuple[int, bool, bool]:
@@ -172,7 +191,11 @@ def _described(metadata: bytes) -> tuple[int, bool, bool]:
 
 
 def _places(
-    pa: Any, parts: Sequence[_Part], batches: Sequence[_Batch], columns: Sequence[str]
+    pa: Any,
+    parts: Sequence[_Part],
+    batches: Sequence[_Batch],
+    columns: Sequence[str],
+    intact: Intact,
 ) -> dict[str, list[Place]]:
     """Returns where the values of columns lie, one place per record batch.
 
@@ -185,7 +208,9 @@ def _places(
             file.seek(0)
             mapped = file.read_buffer(file.size())
             for batch in group:
-                rows = table.get_batch(batch.number)
+                # Whatever it said of its columns would be believed.
+                intact.check(path, batch.begin, batch.body)
+                rows = _decoded(pa, path, table, batch)
                 for column in list(places):
                     offset = _offset(flattened(column, rows.column(column), 0), mapped)
                     if offset is None:
@@ -193,6 +218,16 @@ def _places(
                     else:
                         places[column].append(Place(path, offset, stamp))
     return places
+
+
+def _decoded(pa: Any, path: Path, table: Any, batch: _Batch) -> Any:
+    try:
+        rows = table.get_batch(batch.number)
+        rows.validate()  # Or an array whose nulls are nowhere would be the end of Python.
+    except (pa.ArrowException, OSError) as error:
+        where = f"{error}, in rows {batch.first} to {batch.first + batch.rows}"
+        raise damaged(str(path), "Arrow IPC", where) from error
+    return rows
 
 
 def _offset(array: Any, mapped: Any) -> int | None:

@@ -1,19 +1,24 @@
 """Whether an output of ours is whole: its manifest says so, and its files are as it says."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from jaxhandler import files
+from jaxhandler.data.readers.intact import Intact
 from jaxhandler.errors import explain, warn
 
 __all__ = ["check_complete"]
 
 
-def check_complete(path: Path) -> None:
+def check_complete(path: Path) -> Intact:
     """Refuses a path where nothing is, or an output of ours that is not whole.
 
     Args:
-        path: A file or a folder.
+        path: A file or a folder, or one of those in a folder of ours.
+
+    Returns:
+        What tells that its bytes are those that were written.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
@@ -27,13 +32,14 @@ def check_complete(path: Path) -> None:
         if manifest is not None and manifest.get("complete") is not True:
             unfinished = path
         elif path.exists():
-            _check_sizes(path, manifest or {})
+            folder, entries, rows = _described(path, manifest)
+            _check_sizes(folder, entries)
             if partial.exists():
                 warn(
                     f"{path} is the whole output of an earlier run; a later run was interrupted "
                     f"and left {partial.name}. Run it again, or delete that."
                 )
-            return
+            return Intact(folder, entries, rows)
     if not unfinished.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder.")
     manifest = files.read_manifest(files.manifest_of(unfinished)) or {}
@@ -46,12 +52,36 @@ def check_complete(path: Path) -> None:
     raise ValueError(text)
 
 
-def _check_sizes(path: Path, manifest: dict[str, Any]) -> None:
+def _described(
+    path: Path, manifest: dict[str, Any] | None
+) -> tuple[Path, dict[str, dict[str, Any]], int | None]:
+    """Returns the folder of the files that a manifest tells of, its entries, and how many rows."""
+    if manifest is not None:
+        entries = manifest.get("files", {})
+        folder = path if path.is_dir() else path.parent
+        own = path.is_dir() or path.name in entries
+        return folder, entries if own else {}, manifest.get("rows")
+    # A column of a folder, or an array in a group.
+    for folder in path.parents:
+        with contextlib.suppress(ValueError):  # Nor are manifests of others any of our business.
+            manifest = files.read_manifest(folder / files.MANIFEST)
+        if manifest is not None:
+            inside = path.relative_to(folder).as_posix()
+            entries = {
+                name: entry
+                for name, entry in manifest.get("files", {}).items()
+                if name == inside or name.startswith(f"{inside}/")
+            }
+            return folder, entries, None
+        if not (folder / "zarr.json").exists():
+            break
+    return path, {}, None
+
+
+def _check_sizes(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
     """Refuses an output of ours that something else has changed since."""
-    for name, entry in manifest.get("files", {}).items():
-        file = path / name if path.is_dir() else path
-        if not path.is_dir() and file.name != name:
-            continue
+    for name, entry in entries.items():
+        file = folder / name
         found = f"{file.stat().st_size} bytes" if file.exists() else "no such file"
         expected = f"{entry.get('bytes')} bytes"
         if found != expected:

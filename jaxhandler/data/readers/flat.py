@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxhandler.data.buffers import aligned_empty
 from jaxhandler.data.readers.advice import Watch
+from jaxhandler.data.readers.intact import FOREIGN, Intact, rows_of
 from jaxhandler.data.readers.reader import Reader, Stamp, Stored, check_unchanged
 from jaxhandler.errors import explain
 
@@ -50,6 +51,7 @@ def flat_reader(
     absent: Callable[[Place, int], Any] | None = None,
     check: Callable[[], None] | None = None,
     watch: Watch | None = None,
+    intact: Intact = FOREIGN,
 ) -> Reader:
     """Returns the reader of rows in C order that lie in one or more runs.
 
@@ -61,12 +63,13 @@ def flat_reader(
         absent: `absent(place, row)` gives the value of rows whose file is not there, or raises.
         check: As in `Reader`.
         watch: What counts the runs of each read.
+        intact: What tells that bytes are those that were written.
 
     Returns:
         A reader that opens files per read and keeps none open.
 
     Raises:
-        ValueError: On reading, if a file is too short or was changed.
+        ValueError: On reading, if a file is too short, was changed or damaged.
         FileNotFoundError: On reading, if a file is not there.
     """
     (num_rows, *row_shape), dtype = stored.shape, stored.dtype
@@ -99,10 +102,13 @@ def flat_reader(
                 continue
             with file:
                 for at, first, low, high in pieces:
+                    begin = at.offset + (low - first) * row_bytes
                     piece = view[(low - start) * row_bytes : (high - start) * row_bytes]
-                    if not _fill(file, piece, at.offset + (low - first) * row_bytes):
+                    if not _fill(file, piece, begin):
                         fail(file, at, first, high - 1)
                         raise OSError(f"{at.path} was written to while it was read")
+                    lie = rows_of(at.offset, row_bytes, first)
+                    intact.check(at.path, begin, begin + len(piece), lie, piece)
         return rows
 
     def take(indices: np.ndarray) -> np.ndarray:
@@ -118,6 +124,7 @@ def flat_reader(
                 continue
             with file:
                 fail(file, at, first, last)  # Or reading what is mapped would be the end of Python.
+                intact.check_rows(at.path, at.offset, row_bytes, first, indices[positions])
                 mapped = np.memmap(file, dtype, "r", at.offset, (last + 1 - first, *row_shape))
             if len(bounds) == 2:
                 return take_rows(mapped, indices)

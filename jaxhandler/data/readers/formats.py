@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxhandler.data.readers.arrow import arrow_reader
 from jaxhandler.data.readers.hdf5 import hdf5_reader
+from jaxhandler.data.readers.intact import FOREIGN, Intact
 from jaxhandler.data.readers.npy import npy_reader
 from jaxhandler.data.readers.npz import npz_reader
 from jaxhandler.data.readers.parquet import parquet_reader
@@ -15,23 +16,20 @@ from jaxhandler.errors import explain
 
 __all__ = ["readers_of"]
 
-_FILES = {
-    ".npy": npy_reader,
-    ".npz": npz_reader,
-    ".h5": hdf5_reader,
-    ".hdf5": hdf5_reader,
-    ".safetensors": safetensors_reader,
-}
+_FILES = {".npy": npy_reader, ".h5": hdf5_reader, ".hdf5": hdf5_reader}
+# No sink of ours writes these.
+_FOREIGN = {".npz": npz_reader, ".safetensors": safetensors_reader}
 _TABLES = {".parquet": parquet_reader, ".arrow": arrow_reader, ".feather": arrow_reader}
 _NUMBERED = re.compile(r"(\d+)-of-(\d+)$")
 
 
-def readers_of(path: Path, missing_chunks: str) -> Any:
+def readers_of(path: Path, missing_chunks: str, intact: Intact = FOREIGN) -> Any:
     """Returns the readers of all arrays at a path, without reading rows.
 
     Args:
         path: A file or folder that is there.
         missing_chunks: "raise" or "fill": what a chunk of a Zarr array does that is not there.
+        intact: What tells that bytes of an output of ours are those that were written.
 
     Returns:
         A reader, or nested dicts of readers; for a folder of `.npy` files a dict of their paths.
@@ -42,12 +40,14 @@ def readers_of(path: Path, missing_chunks: str) -> Any:
         ValueError: If the format is not known, or a file is damaged.
     """
     if path.is_dir():
-        return zarr_reader(path, missing_chunks) if is_zarr(path) else _folder(path)
+        return zarr_reader(path, missing_chunks, intact) if is_zarr(path) else _folder(path, intact)
     if path.suffix in _FILES:
-        return _FILES[path.suffix](path)
+        return _FILES[path.suffix](path, intact)
+    if path.suffix in _FOREIGN:
+        return _FOREIGN[path.suffix](path)
     if path.suffix in _TABLES:
-        return _TABLES[path.suffix](str(path), [path])
-    known = ", ".join([*_FILES, *_TABLES])
+        return _TABLES[path.suffix](str(path), [path], intact)
+    known = ", ".join([*_FILES, *_FOREIGN, *_TABLES])
     fix = "Open other formats yourself, and pass what slices or gives rows by number."
     seen, expected = (
         f"the ending {path.suffix!r}",
@@ -56,7 +56,7 @@ def readers_of(path: Path, missing_chunks: str) -> Any:
     raise ValueError(explain(str(path), seen=seen, expected=expected, fix=fix))
 
 
-def _folder(path: Path) -> Any:
+def _folder(path: Path, intact: Intact) -> Any:
     found: dict[Any, list[Path]] = {}
     for child in sorted(path.iterdir()):
         if child.suffix in (".npy", *_TABLES) and not child.name.startswith("."):
@@ -80,7 +80,7 @@ def _folder(path: Path) -> Any:
         text = explain(str(path), seen=f"the folder {inside[0]}", expected=expected, fix=fix)
         raise ValueError(text)
     _check_numbers(path, children)
-    return reader(str(path), children)
+    return reader(str(path), children, intact)
 
 
 def _check_numbers(path: Path, parts: list[Path]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxhandler.data.buffers import aligned_empty
 from jaxhandler.data.readers.advice import Watch, warn_of_codec
 from jaxhandler.data.readers.flat import scattered
+from jaxhandler.data.readers.intact import FOREIGN, Intact
 from jaxhandler.data.readers.npy import rows_at, unreadable
 from jaxhandler.data.readers.reader import (
     Reader,
@@ -31,13 +32,14 @@ _CODECS = {1: "gzip", 4: "szip", 307: "bz2", 32000: "lzf", 32015: "zstd"}
 _PIECE, _LARGEST_PIECE = 2**20, 2**26
 
 
-def hdf5_reader(path: Path) -> Any:
+def hdf5_reader(path: Path, intact: Intact = FOREIGN) -> Any:
     """Returns the readers of an HDF5 file's datasets, in dicts as its groups are.
 
     A single dataset stands for itself. Soft and external links are not followed.
 
     Args:
         path: The file.
+        intact: What tells that its bytes are those that were written.
 
     Returns:
         A reader, or nested dicts of them.
@@ -50,6 +52,7 @@ def hdf5_reader(path: Path) -> Any:
     """
     h5py = extra("h5py", str(path))
     stamp = stamp_of(path.stat())
+    intact.check_layout(path)
     columns: list[tuple[list[str], Reader]] = []
     datasets: list[Any] = []
     said: set[str] = set()
@@ -64,7 +67,7 @@ def hdf5_reader(path: Path) -> Any:
             datasets = [item for item in datasets if isinstance(item, h5py.Dataset)]
             for dataset in datasets:
                 keys = dataset.name.strip("/").split("/")
-                columns.append((keys, _reader(path, keys, dataset, stamp, said)))
+                columns.append((keys, _reader(path, keys, dataset, stamp, said, intact)))
             # One warning, however many datasets give reason for it.
             any(
                 warn_of_codec(str(path), *codec)
@@ -148,11 +151,14 @@ def dataset_reader(
     return Reader(name, stored, read, take, fresh=True)
 
 
-def _reader(path: Path, keys: list[str], dataset: Any, stamp: Stamp, said: set[str]) -> Reader:
+def _reader(
+    path: Path, keys: list[str], dataset: Any, stamp: Stamp, said: set[str], intact: Intact
+) -> Reader:
     name = str(path) + "".join(f"[{key!r}]" for key in keys)
     offset = _offset(dataset)
     if offset is not None:
-        return rows_at(name, path, _stored(name, dataset), offset, stamp=stamp)
+        return rows_at(name, path, _stored(name, dataset), offset, stamp=stamp, intact=intact)
+    intact.check(path, 0)
 
     @contextlib.contextmanager
     def opened() -> Any:

@@ -10,20 +10,24 @@ import numpy as np
 
 from jaxhandler.data.columns import array_reader
 from jaxhandler.data.readers.flat import Place, check_length, flat_reader
+from jaxhandler.data.readers.intact import FOREIGN, Intact
 from jaxhandler.data.readers.reader import Reader, Stamp, Stored
 from jaxhandler.errors import explain
 
 __all__ = ["header", "npy_reader", "rows_at", "unreadable"]
 
+# What NumPy takes itself from those who may be trusted.
+_LARGEST_HEADER = 10_000
 # What NumPy's header parser raises on damaged text, besides OSError on damaged disks.
 _BAD_HEADER = (ValueError, TypeError, SyntaxError, RecursionError, tokenize.TokenError)
 
 
-def npy_reader(path: Path) -> Reader:
+def npy_reader(path: Path, intact: Intact = FOREIGN) -> Reader:
     """Returns the reader of a `.npy` file.
 
     Args:
         path: The file.
+        intact: What tells that its bytes are those that were written.
 
     Returns:
         Its reader.
@@ -39,10 +43,11 @@ def npy_reader(path: Path) -> Reader:
         array([1, 2])
     """
     name = str(path)
+    intact.check(path, 0, 1)
     with open(path, "rb") as file:
         stored, fortran = header(name, file)
         offset = file.tell()
-    return rows_at(name, path, stored, offset, fortran=fortran)
+    return rows_at(name, path, stored, offset, fortran=fortran, intact=intact)
 
 
 def header(name: str, file: IO[bytes]) -> tuple[Stored, bool]:
@@ -64,6 +69,7 @@ def header(name: str, file: IO[bytes]) -> tuple[Stored, bool]:
             raise ValueError(f"version {version}")
         # The third version differs from the second in how it writes the names of fields.
         first = version == (1, 0)
+        _check_header(file, 2 if first else 4)
         read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
         if any(size < 0 for size in shape):
@@ -75,6 +81,15 @@ def header(name: str, file: IO[bytes]) -> tuple[Stored, bool]:
     return Stored(tuple(map(int, shape)), dtype), fortran
 
 
+def _check_header(file: IO[bytes], width: int) -> None:
+    """Refuses a large header, which NumPy would read before it does."""
+    begin = file.tell()
+    size = int.from_bytes(file.read(width), "little")
+    if size > _LARGEST_HEADER:
+        raise ValueError(f"{size} bytes, more than {_LARGEST_HEADER}")
+    file.seek(begin)
+
+
 def rows_at(
     name: str,
     path: Path,
@@ -83,6 +98,7 @@ def rows_at(
     *,
     fortran: bool = False,
     stamp: Stamp | None = None,
+    intact: Intact = FOREIGN,
 ) -> Reader:
     """Returns the reader of an array that lies in one piece in a file.
 
@@ -93,6 +109,7 @@ def rows_at(
         offset: Its first byte.
         fortran: Whether it lies in Fortran order.
         stamp: As in `Place`.
+        intact: What tells that its bytes are those that were written.
 
     Returns:
         Its reader.
@@ -109,9 +126,10 @@ def rows_at(
     whole = max(found - offset, 0) // max(row_bytes, 1)
     check_length(name, found, offset + rows * row_bytes, row=None if fortran else whole)
     if fortran and rows * row_bytes:
+        intact.check(path, 0)
         mapped = np.memmap(path, stored.dtype, "r", offset, stored.shape, "F")
         return array_reader(name, mapped)
-    return flat_reader(name, stored, Place(path, offset, stamp))
+    return flat_reader(name, stored, Place(path, offset, stamp), intact=intact)
 
 
 def unreadable(name: str) -> Callable[[int, int], np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxhandler.data.readers.advice import warn_of_codec
 from jaxhandler.data.readers.blocks import block_reader
+from jaxhandler.data.readers.intact import FOREIGN, Intact
 from jaxhandler.data.readers.reader import (
     Reader,
     Stamp,
@@ -42,12 +43,13 @@ class _Block(NamedTuple):
     high: int
 
 
-def parquet_reader(name: str, paths: Sequence[Path]) -> Reader:
+def parquet_reader(name: str, paths: Sequence[Path], intact: Intact = FOREIGN) -> Reader:
     """Returns the reader of a table: one file, or parts whose rows follow each other.
 
     Args:
         name: How messages call the table.
         paths: Its files, in order.
+        intact: What tells that bytes are those that were written.
 
     Returns:
         A reader of all columns at once, by name; of the only one, where it is alone.
@@ -62,6 +64,7 @@ def parquet_reader(name: str, paths: Sequence[Path]) -> Reader:
     parts, schemas = [], []
     for path in paths:
         stamp = stamp_of(path.stat())
+        intact.check_layout(path)
         try:
             with pq.ParquetFile(path) as file:
                 parts.append(_Part(path, file.metadata, stamp))
@@ -73,7 +76,7 @@ def parquet_reader(name: str, paths: Sequence[Path]) -> Reader:
     starts = np.cumsum([0, *(block.high - block.low for block in blocks)])
 
     def tables(numbers: Sequence[int], columns: list[str]) -> Iterator[tuple[_Block, Any]]:
-        file, opened = None, -1
+        file, opened, where = None, -1, ""
         try:
             for block in (blocks[number] for number in numbers):
                 if file is None or block.part != opened:
@@ -82,11 +85,13 @@ def parquet_reader(name: str, paths: Sequence[Path]) -> Reader:
                     opened, part = block.part, parts[block.part]
                     check_unchanged(part.path, part.stamp)
                     file = pq.ParquetFile(part.path, metadata=part.metadata, buffer_size=2**20)
+                where = f", in rows {block.first + block.low} to {block.first + block.high}"
+                _compare(intact, parts[block.part], block, columns)
                 yield block, _decoded(file, block, columns)
         except FileNotFoundError:
             raise
         except (pa.ArrowException, OSError) as error:
-            raise damaged(str(parts[opened].path), "Parquet", error) from error
+            raise damaged(str(parts[opened].path), "Parquet", f"{error}{where}") from error
         finally:
             if file is not None:
                 file.close()
@@ -155,6 +160,18 @@ def _decoded(file: Any, block: _Block, columns: list[str]) -> Any:
         if not left:
             break
     return pa.Table.from_batches(batches)
+
+
+def _compare(intact: Intact, part: _Part, block: _Block, columns: Sequence[str]) -> None:
+    """Refuses bytes of these columns in a row group that are not those that were written."""
+    group = part.metadata.row_group(block.group)
+    rows = block.first, block.first + group.num_rows
+    for column in map(group.column, range(group.num_columns)):
+        path = column.path_in_schema
+        if any(path == name or path.startswith(f"{name}.") for name in columns):
+            start = min(column.data_page_offset, column.dictionary_page_offset or 2**63)
+            stop = start + column.total_compressed_size
+            intact.check(part.path, start, stop, lambda *_: rows)
 
 
 def _holds_nulls(group: Any) -> bool:

@@ -12,10 +12,10 @@ import numpy as np
 from jaxhandler.data.readers.npy import rows_at
 from jaxhandler.data.readers.reader import Stored, damaged, nested, stamp_of
 from jaxhandler.errors import explain
+from jaxhandler.tensors import LARGEST_HEADER
 
 __all__ = ["safetensors_reader"]
 
-_LARGEST_HEADER = 100_000_000
 _TYPES = {
     "BOOL": np.bool_,
     **{f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)},
@@ -45,7 +45,9 @@ def safetensors_reader(path: Path) -> Any:
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            text = file.read(min(length, _LARGEST_HEADER))
+            if length > LARGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes, more than {LARGEST_HEADER}")
+            text = file.read(length)
         if len(text) < length or not length:
             raise ValueError(f"a header of {len(text)} bytes, not {length}")
         entries = json.loads(text)

@@ -1,6 +1,6 @@
 """Zarr arrays in local stores: raw chunks are read as they lie, others with zarr-python."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from jaxhandler.data.buffers import aligned_copy
 from jaxhandler.data.columns import slicing_reader
 from jaxhandler.data.readers.advice import warn_of_codec
 from jaxhandler.data.readers.flat import Place, flat_reader
+from jaxhandler.data.readers.intact import FOREIGN, Intact
 from jaxhandler.data.readers.npy import unreadable
 from jaxhandler.data.readers.reader import Reader, Stored, damaged, nested
 from jaxhandler.data.readers.zarr_chunks import Chunks
@@ -26,7 +27,7 @@ def is_zarr(path: Path) -> bool:
     return path.suffix == ".zarr" or any((path / name).exists() for name in _METADATA)
 
 
-def zarr_reader(path: Path, missing: str) -> Any:
+def zarr_reader(path: Path, missing: str, intact: Intact = FOREIGN) -> Any:
     """Returns the readers of the arrays in a Zarr folder, in dicts as its groups are.
 
     A single array stands for itself.
@@ -34,6 +35,7 @@ def zarr_reader(path: Path, missing: str) -> Any:
     Args:
         path: The folder of an array or a group.
         missing: "raise" or "fill": what a chunk does that is not there.
+        intact: What tells that bytes are those that were written.
 
     Returns:
         A reader, or nested dicts of them.
@@ -42,12 +44,13 @@ def zarr_reader(path: Path, missing: str) -> Any:
         ImportError: If zarr is not installed.
         ValueError: If the metadata makes no sense.
     """
+    intact.check_metadata()
     arrays = list(_arrays(extra("zarr", str(path)), path, []))
     columns = []
     said: set[str] = set()
     for keys, array in arrays:
         name = str(path) + "".join(f"[{key!r}]" for key in keys)
-        columns.append((keys, _reader(name, array, missing, said)))
+        columns.append((keys, _reader(name, array, missing, said, intact)))
     # One warning, however many arrays give reason for it.
     any(warn_of_codec(str(path), *codec) for _, array in arrays for codec in _codecs(array))
     return nested(path, columns)
@@ -67,39 +70,45 @@ def zarr_array_reader(name: str, array: Any, missing: str) -> Reader:
     Raises:
         ValueError: On reading, if a chunk is missing or damaged.
     """
-    reader = _reader(name, array, missing, set())
+    reader = _reader(name, array, missing, set(), FOREIGN)
     any(warn_of_codec(name, *codec) for codec in _codecs(array))
     return reader
 
 
-def _reader(name: str, array: Any, missing: str, said: set[str]) -> Reader:
+def _reader(name: str, array: Any, missing: str, said: set[str], intact: Intact) -> Reader:
     stored = Stored(tuple(map(int, array.shape)), np.dtype(array.dtype))
     if stored.dtype.hasobject or not stored.shape:
         return Reader(name, stored, unreadable(name))
-    chunks = Chunks(name, array, missing, said)
+    chunks = Chunks(name, array, missing, said, intact)
     if chunks.in_files and tuple(array.chunks[1:]) == stored.shape[1:] and _as_in_memory(array):
         num_rows, *row_shape = stored.shape
         starts = np.append(np.arange(0, num_rows, array.chunks[0]), num_rows)
         place = lambda run: Place(chunks.path((run, *(0 for _ in row_shape))), 0)  # noqa: E731
         absent = lambda at, row: chunks.absent(at.path, row)  # noqa: E731
         return flat_reader(
-            name, stored, place, starts, absent=absent, check=chunks.check, watch=chunks.watch
+            name,
+            stored,
+            place,
+            starts,
+            absent=absent,
+            check=chunks.check,
+            watch=chunks.watch,
+            intact=intact,
         )
     slicing = slicing_reader(name, array)
 
     def read(start: int, stop: int) -> np.ndarray:
-        chunks.expect(start, stop)
-        try:
-            return slicing.read(start, stop)
-        except Exception as error:  # Each codec has errors of its own.
-            raise damaged(name, "Zarr", f"{error}, in rows {start} to {stop}") from error
+        return decoded(lambda: slicing.read(start, stop), np.arange(start, stop))
 
     def take(indices: np.ndarray) -> np.ndarray:
-        chunks.expect_scattered(indices)
+        return decoded(lambda: aligned_copy(np.asarray(array.oindex[indices])), indices)
+
+    def decoded(read: Callable[[], np.ndarray], indices: np.ndarray) -> np.ndarray:
+        chunks.expect(indices)
         try:
-            return aligned_copy(np.asarray(array.oindex[indices]))
-        except Exception as error:
-            raise damaged(name, "Zarr", error) from error
+            return read()
+        except Exception as error:  # Each codec has errors of its own.
+            raise damaged(name, "Zarr", f"{error}, in {chunks.unreadable(indices)}") from error
 
     return Reader(name, stored, read, take, check=chunks.check)
 
@@ -118,6 +127,8 @@ def _arrays(zarr: Any, path: Path, keys: list[str]) -> Iterator[tuple[list[str],
     if consolidated is not None:
         names.update(name.partition("/")[0] for name in consolidated.metadata)
     for name in sorted(names):
+        if name in ("", ".", ".."):
+            raise damaged(str(path), "Zarr", f"metadata of {name!r}, outside of its group")
         yield from _arrays(zarr, path / name, [*keys, name])
 
 

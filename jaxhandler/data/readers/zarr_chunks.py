@@ -3,11 +3,13 @@
 import itertools
 import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from jaxhandler.data.readers.advice import Watch
+from jaxhandler.data.readers.intact import FOREIGN, Intact
 from jaxhandler.errors import explain
 
 __all__ = ["Chunks"]
@@ -26,14 +28,18 @@ class Chunks:
         array: A `zarr.Array`.
         missing: "raise" or "fill".
         said: As in `Watch`.
+        intact: What tells that bytes are those that were written.
 
     Raises:
         ValueError: If the store is not local and a chunk is missing, or it cannot be known.
     """
 
-    def __init__(self, name: str, array: Any, missing: str, said: set[str]) -> None:
+    def __init__(
+        self, name: str, array: Any, missing: str, said: set[str], intact: Intact = FOREIGN
+    ) -> None:
         from zarr.storage import LocalStore
 
+        self._intact = intact
         self._name, self._array, self._raise = name, array, missing == "raise"
         self._inner, self._outer = array.chunks, array.shards or array.chunks
         # Chunks of the array, and of a shard, along each axis.
@@ -64,26 +70,43 @@ class Chunks:
     def check(self) -> None:
         """Refuses the array if a chunk is missing, unless it has very many."""
         if math.prod(self._counts) <= _MOST_LOOKED_FOR:
-            self._look(range(self._counts[0]))
+            self._look(range(self._counts[0]), compare=False)
 
-    def expect(self, start: int, stop: int) -> None:
-        """Takes note of a read of these rows, and refuses it if a chunk is missing."""
-        rows = self._inner[0]
-        self._note(range(start // rows, -(-stop // rows)), stop - start)
-
-    def expect_scattered(self, indices: np.ndarray) -> None:
-        """Takes note of a read of scattered rows, and refuses it if a chunk is missing."""
-        self._note(np.unique(indices // self._inner[0]).tolist(), len(indices))
-
-    def _note(self, blocks: Any, asked: int) -> None:
+    def expect(self, indices: np.ndarray) -> None:
+        """Takes note of a read of these rows, and refuses it if a chunk is missing or damaged."""
+        blocks, asked = self._blocks(indices), len(indices)
         rows = min(self._inner[0], self._array.shape[0])
         pieces = len(blocks) * math.prod(self._counts[1:])
         self.watch.count(asked, len(blocks), rows, pieces)
-        self._look(blocks)
+        self._look(blocks, compare=True)
 
-    def _look(self, blocks: Any) -> None:
+    def unreadable(self, indices: np.ndarray) -> str:
+        """Returns which chunk of these rows cannot be decoded, after reading them has failed."""
+        for block in self._blocks(indices):
+            for rest in itertools.product(*map(range, self._counts[1:])):
+                position = (block, *rest)
+                spans = [
+                    slice(place * size, (place + 1) * size)
+                    for place, size in zip(position, self._inner, strict=True)
+                ]
+                try:
+                    self._array[tuple(spans)]
+                except Exception:  # Each codec has errors of its own.
+                    sizes = zip(position, self._inner, self._outer, strict=True)
+                    file = self._array.metadata.encode_chunk_key(
+                        tuple(place * inner // outer for place, inner, outer in sizes)
+                    )
+                    stop = min(spans[0].stop, self._array.shape[0])
+                    return f"rows {spans[0].start} to {stop}, in {file}"
+        return f"rows {indices.min()} to {indices.max() + 1}"
+
+    def _blocks(self, indices: np.ndarray) -> list[int]:
+        return np.unique(indices // self._inner[0]).tolist()
+
+    def _look(self, blocks: Iterable[int], *, compare: bool) -> None:
         """Looks for all chunks that hold rows, given by their numbers along the rows."""
-        if not self._raise or not self.in_files:
+        compare = compare and self._intact is not FOREIGN
+        if not self.in_files or not (self._raise or compare):
             return
         files = _divide(self._array.shape, self._outer)
         for first, group in itertools.groupby(blocks, lambda block: block // self._per_shard[0]):
@@ -91,6 +114,12 @@ class Chunks:
             row = first * self._outer[0] + inside[0] * self._inner[0]
             for rest in itertools.product(*map(range, files[1:])):
                 path = self.path((first, *rest))
+                if compare and os.path.exists(path):
+                    stop = min((first + 1) * self._outer[0], self._array.shape[0])
+                    rows = first * self._outer[0], stop
+                    self._intact.check(path, 0, rows=lambda *_, rows=rows: rows)
+                if not self._raise:
+                    continue
                 if not os.path.exists(path):
                     self.absent(path, row)
                 elif self._array.shards:

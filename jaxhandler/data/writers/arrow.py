@@ -3,7 +3,6 @@
 import functools
 import io
 import math
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +19,7 @@ from jaxhandler.data.writers.format import (
 )
 from jaxhandler.data.writers.raw import opened, reserve, write_all
 from jaxhandler.errors import explain, extra
+from jaxhandler.files import add_checksums, checksum_text
 
 __all__ = ["ARROW", "PARQUET"]
 
@@ -63,9 +63,11 @@ class _Table:
             arrays.append(column)
         self._writer.write_batch(arrow.record_batch(arrays, schema=self._schema))
 
-    def finish(self) -> dict[Path, str]:
+    def finish(self) -> dict[Path, dict[str, Any]]:
+        rows_end = self._file.tell()
         self._writer.close()
-        return {self._path: self._file.checksum}
+        layout = [[0, 1], [rows_end, self._file.tell()]]
+        return {self._path: {"crc32": self._file.checksum, "layout": layout}}
 
     def close(self) -> None:
         # What a writer adds when it is closed, or forgotten, belongs to a whole file only.
@@ -74,7 +76,7 @@ class _Table:
 
 
 class _SummedFile(io.RawIOBase):
-    """A file written from front to back, its CRC-32 added up on the way.
+    """A file written from front to back, its checksum made on the way.
 
     Attributes:
         ended: Whether nothing shall be written any more.
@@ -83,7 +85,8 @@ class _SummedFile(io.RawIOBase):
     mode = "wb"
 
     def __init__(self, path: Path, room: int) -> None:
-        self._path, self._position, self._crc = path, 0, 0
+        self._path, self._position = path, 0
+        self._crcs: list[int] = []
         self.ended = False
         with opened(path, create=True) as file:
             reserve(file, room)
@@ -100,14 +103,14 @@ class _SummedFile(io.RawIOBase):
         if not self.ended:
             with opened(self._path) as file:
                 write_all(file, [view], self._position)
+            add_checksums(self._crcs, self._position, view)
             self._position += len(view)
-            self._crc = zlib.crc32(view, self._crc)
         return len(view)
 
     @property
     def checksum(self) -> str:
-        """The CRC-32 of what has been written."""
-        return f"{self._crc:08x}"
+        """That of what has been written."""
+        return checksum_text(self._crcs)
 
 
 def _field(arrow: Any, leaf: Leaf) -> Any:

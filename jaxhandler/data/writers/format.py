@@ -72,13 +72,14 @@ class Writer(Protocol):
     """Rows on their way into the file or folder of an unfinished output.
 
     `write(start, columns)` takes, per leaf, arrays that follow each other from row `start` on; rows
-    come in order. `finish()` writes what is left and gives the CRC-32 of those files whose bytes it
-    has seen in order, by path. `close()` lets go of everything, finished or not.
+    come in order. `finish()` writes what is left and gives what the manifest shall say of files, by
+    path: `crc32` where bytes were seen in order, and `layout`, spans of bytes (start, stop) that
+    say where rows lie in a file that holds both. `close()` lets go of everything, finished or not.
     """
 
     def write(self, start: int, columns: list[list[np.ndarray]]) -> None: ...
 
-    def finish(self) -> dict[Path, str]: ...
+    def finish(self) -> dict[Path, dict[str, Any]]: ...
 
     def close(self) -> None: ...
 

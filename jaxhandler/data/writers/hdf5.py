@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,8 +55,15 @@ class _Hdf5File:
             for leaf, offset, arrays in leaves:
                 write_rows(file, offset, leaf.shape, self._output.row_axis, start, arrays)
 
-    def finish(self) -> dict[Path, str]:
-        return {}
+    def finish(self) -> dict[Path, dict[str, Any]]:
+        """Tells what lies between the datasets: h5py would believe anything it reads there."""
+        layout, end = [], 0
+        sizes = (math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self._output.leaves)
+        rows = sorted(zip(self._offsets, sizes, strict=True))
+        for start, size in [*(span for span in rows if span[1]), (self._path.stat().st_size, 0)]:
+            layout.append([end, start])
+            end = start + size
+        return {self._path: {"layout": layout}}
 
     def close(self) -> None:
         pass

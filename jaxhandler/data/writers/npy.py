@@ -62,8 +62,8 @@ class _NpyFiles:
         content = [file.stripes for file in self._files.values()]
         return Mark(content, changed(self._files.values()))
 
-    def finish(self) -> dict[Path, str]:
-        return {path: file.checksum for path, file in self._files.items() if file.checksum}
+    def finish(self) -> dict[Path, dict[str, Any]]:
+        return {path: file.known for path, file in self._files.items()}
 
     def close(self) -> None:
         pass

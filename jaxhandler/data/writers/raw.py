@@ -2,17 +2,15 @@
 
 import contextlib
 import errno
-import io
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from jaxhandler.errors import explain
-from jaxhandler.files import blaming
+from jaxhandler.files import add_checksums, blaming, checksum_text, checksum_within
 
 __all__ = [
     "ArrayFile",
@@ -25,12 +23,11 @@ __all__ = [
     "write_rows",
 ]
 
-Stripes: TypeAlias = list[list[int]]
-"""Start, stop and CRC-32 of bytes that were written from front to back."""
+Stripes: TypeAlias = list[list[Any]]
+"""Start, stop and checksum of bytes that were written from front to back."""
 
 _MOST_BUFFERS = 1024
 _WORTH_STARTING = 2**20
-_PIECE = 2**20
 
 
 class ArrayFile:
@@ -66,11 +63,13 @@ class ArrayFile:
         self._size = len(header) + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         self.changed = False
         # By where they end, which is where the next bytes go.
-        self._stripes = {stop: [start, stop, crc] for start, stop, crc in stripes or []}
+        self._stripes: dict[int, tuple[int, list[int]]] = {
+            stop: (start, _numbers(text)) for start, stop, text in stripes or []
+        }
         if stripes is not None:
             check_stripes(path, self._size, stripes)
             return
-        self._stripes[len(header)] = [0, len(header), zlib.crc32(header)]
+        self._add(0, memoryview(header))
         with opened(path, create=True) as file:
             reserve(file, self._size)
             write_all(file, [memoryview(header)], 0)
@@ -81,9 +80,12 @@ class ArrayFile:
         with opened(self.path) as file:
             written = write_rows(file, self._offset, self._shape, self._axis, start, arrays)
         for position, view in written:
-            first, _, crc = self._stripes.pop(position, [position, position, 0])
-            stop = position + len(view)
-            self._stripes[stop] = [first, stop, zlib.crc32(view, crc)]
+            self._add(position, view)
+
+    def _add(self, position: int, view: memoryview) -> None:
+        first, crcs = self._stripes.pop(position, (position, []))
+        add_checksums(crcs, position, view)
+        self._stripes[position + len(view)] = first, crcs
 
     @property
     def begun(self) -> bool:
@@ -93,13 +95,15 @@ class ArrayFile:
     @property
     def stripes(self) -> Stripes:
         """What has been written: one stripe, or one per member where members come first."""
-        return sorted(self._stripes.values())
+        return sorted(
+            [start, stop, checksum_text(crcs)] for stop, (start, crcs) in self._stripes.items()
+        )
 
     @property
-    def checksum(self) -> str | None:
-        """The CRC-32 of the file, or None if its bytes did not come in the order they lie."""
-        start, _, crc = self._stripes.get(self._size, [-1, -1, 0])
-        return f"{crc:08x}" if start == 0 else None
+    def known(self) -> dict[str, Any]:
+        """The file's checksum for its manifest, if its bytes came in the order they lie."""
+        start, crcs = self._stripes.get(self._size, (-1, []))
+        return {"crc32": checksum_text(crcs)} if start == 0 else {}
 
 
 def changed(files: Iterable[ArrayFile]) -> list[Path]:
@@ -129,23 +133,16 @@ def check_stripes(path: Path, size: int | None, stripes: Stripes) -> None:
         seen = f"{path.stat().st_size} bytes"
     else:
         with open(path, "rb", buffering=0) as file:
-            for start, stop, crc in stripes:
-                if _crc(file, start, stop) != crc:
+            for start, stop, text in stripes:
+                if checksum_within(file, start, stop) != text:
                     seen = f"another CRC-32 of bytes {start} to {stop}"
     if seen:
         fix = "It was damaged or changed since; delete it and the checkpoint to start anew."
         raise ValueError(explain(str(path), seen=seen, expected=expected, fix=fix))
 
 
-def _crc(file: io.FileIO, start: int, stop: int) -> int:
-    crc, piece = 0, memoryview(bytearray(min(_PIECE, max(stop - start, 1))))
-    file.seek(start)
-    while start < stop:
-        count = file.readinto(piece[: stop - start])
-        if not count:
-            break
-        crc, start = zlib.crc32(piece[:count], crc), start + count
-    return crc
+def _numbers(text: str) -> list[int]:
+    return [int(text[place : place + 8], 16) for place in range(0, len(text), 8)]
 
 
 def write_rows(

@@ -2,7 +2,6 @@
 
 import sys
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from jaxhandler.data.writers.format import (
 )
 from jaxhandler.data.writers.raw import ArrayFile, Stripes, changed, check_stripes
 from jaxhandler.errors import extra
-from jaxhandler.files import MANIFEST
+from jaxhandler.files import MANIFEST, checksum
 
 __all__ = ["ZARR"]
 
@@ -81,9 +80,9 @@ class _ZarrStore:
         content = {path.relative_to(self._path).as_posix(): each for path, each in written.items()}
         return Mark(content, [*new, *changed(files)])
 
-    def finish(self) -> dict[Path, str]:
+    def finish(self) -> dict[Path, dict[str, Any]]:
         files = (item for array in self._arrays for item in array.files.items())
-        return {path: file.checksum for path, file in files if file.checksum}
+        return {path: file.known for path, file in files}
 
     def close(self) -> None:
         pass
@@ -126,9 +125,8 @@ def _inside(output: Output, leaf: Leaf) -> tuple[str, ...]:
     return () if output.bare else leaf.path
 
 
-def _all_of(file: Path) -> list[int]:
-    data = file.read_bytes()
-    return [0, len(data), zlib.crc32(data)]
+def _all_of(file: Path) -> list[Any]:
+    return [0, file.stat().st_size, checksum(file)]
 
 
 class _Chunks:
