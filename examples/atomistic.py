@@ -106,7 +106,7 @@ for atoms in structures:
 # %%
 temporary = tempfile.TemporaryDirectory(prefix="jaxhandler-")
 folder = Path(temporary.name)
-in_memory: Any = jh.database(structures, splits={})
+in_memory = jh.database(structures, splits={})
 in_memory.save(folder / "structures")
 splits = {"train": 0.7, "valid": 0.15, "test": 0.15}
 on_disk = jh.database(folder / "structures", splits=splits, key=jax.random.key(0))

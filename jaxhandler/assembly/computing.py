@@ -4,6 +4,8 @@ import operator
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler.assembly.expressions import (
@@ -19,12 +21,22 @@ __all__ = ["Leaf", "aligned", "compute", "spread"]
 
 Leaf: TypeAlias = Callable[[Expression], Any]
 
+
+def _power(base: Any, exponent: Any) -> Any:
+    """A root's slope at 0, which has no bound, is 0, lest a batch without an error end training."""
+    is_root = isinstance(exponent, int | float) and 0 < exponent < 1
+    if not (is_root and isinstance(base, jax.Array)):
+        return base**exponent
+    zero = base == 0
+    return jnp.where(zero, 0, jnp.where(zero, 1, base) ** exponent)
+
+
 _OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
     "/": operator.truediv,
-    "**": operator.pow,
+    "**": _power,
 }
 
 
@@ -34,7 +46,7 @@ def compute(
     """Computes an expression from its leaves.
 
     Arrays of fewer axes than others get more at the end, since rows come first: `[B]` divides
-    `[B, 3]` row by row.
+    `[B, 3]` row by row. Gradients of roots (powers between 0 and 1) are zero at zero.
 
     Args:
         expression: What to compute.

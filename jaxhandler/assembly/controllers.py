@@ -8,6 +8,8 @@ from jaxhandler.errors import check_choice, check_count, explain
 
 __all__ = ["Controller", "ControllerState", "patience", "raise_batch_size_on_plateau"]
 
+_BATCH = 128
+
 
 class ControllerState(NamedTuple):
     """Where a controller stands after an epoch: plain numbers, all that it needs to go on.
@@ -47,7 +49,8 @@ class Controller(NamedTuple):
     `eval_batch_size`, `learning_rate_scale` and `stop`.
 
     Attributes:
-        init: `init(num_rows) -> state`, before the first epoch; `num_rows` of the training split.
+        init: `init(num_rows, batch_size) -> state`, before the first epoch; `num_rows` of the
+            training split, and the batch size where the controller has none of its own.
         update: `update(state, metric) -> state`, after each epoch; lower metrics are better.
 
     Example:
@@ -62,19 +65,23 @@ class Controller(NamedTuple):
         0.5
     """
 
-    init: Callable[[int], ControllerState]
+    init: Callable[..., ControllerState]
     update: Callable[[ControllerState, float], ControllerState]
 
 
 def patience(
-    patience: int | None = None, *, batch_size: int = 128, eval_batch_size: int | None = None
+    patience: int | None = None,
+    *,
+    batch_size: int | None = None,
+    eval_batch_size: int | None = None,
 ) -> Controller:
     """Makes a controller of one batch size that stops a run which gets no better.
 
     Args:
         patience: Epochs in a row without a metric lower than all before, after which the run stops;
             None never stops it. NaN and infinity are no better than any.
-        batch_size: Rows of a batch; at most the rows of the split.
+        batch_size: Rows of a batch; at most the rows of the split. None is 128, or 1 where a row
+            is a pack of several.
         eval_batch_size: Rows of a batch of the evaluator; None leaves it as it was assembled.
 
     Returns:
@@ -100,8 +107,8 @@ def patience(
     batch_size, eval_batch_size = _batch_sizes(batch_size, eval_batch_size)
     stops_after = None if patience is None else check_count("patience", patience)
 
-    def init(num_rows: int) -> ControllerState:
-        size = min(batch_size, num_rows)
+    def init(num_rows: int, otherwise: int = _BATCH) -> ControllerState:
+        size = min(batch_size or otherwise, num_rows)
         return ControllerState(size, eval_batch_size, max_batch_size=size)
 
     def update(state: ControllerState, metric: float) -> ControllerState:
@@ -113,7 +120,7 @@ def patience(
 def raise_batch_size_on_plateau(
     *,
     max_batch_size: int,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     eval_batch_size: int | None = None,
     patience: int = 10,
     factor: float = 2.0,
@@ -131,7 +138,8 @@ def raise_batch_size_on_plateau(
 
     Args:
         max_batch_size: The largest batch size; at most the rows of the split.
-        batch_size: Rows of a batch in the beginning.
+        batch_size: Rows of a batch in the beginning; None is 128, or 1 where a row is a pack of
+            several, or `max_batch_size` where that is less.
         eval_batch_size: Rows of a batch of the evaluator; None leaves it as it was assembled.
         patience: Epochs in a row that make a plateau.
         factor: How much a batch grows, more than 1; sizes are rounded up.
@@ -167,7 +175,7 @@ def raise_batch_size_on_plateau(
         increase the batch size", 2018.
     """
     batch_size, eval_batch_size = _batch_sizes(batch_size, eval_batch_size)
-    max_batch_size = check_count("max_batch_size", max_batch_size, least=batch_size)
+    max_batch_size = check_count("max_batch_size", max_batch_size, least=batch_size or 1)
     plateau = check_count("patience", patience)
     stops_after = None if stop_patience is None else check_count("stop_patience", stop_patience)
     check_choice("threshold_mode", threshold_mode, ("rel", "abs"))
@@ -176,10 +184,9 @@ def raise_batch_size_on_plateau(
     _check("decay", lowered, 0 < lowered <= 1, "above 0 and at most 1")
     _check("threshold", threshold, 0 <= threshold < math.inf, "0 or more")
 
-    def init(num_rows: int) -> ControllerState:
-        return ControllerState(
-            min(batch_size, num_rows), eval_batch_size, min(max_batch_size, num_rows)
-        )
+    def init(num_rows: int, otherwise: int = _BATCH) -> ControllerState:
+        largest = min(max_batch_size, num_rows)
+        return ControllerState(min(batch_size or otherwise, largest), eval_batch_size, largest)
 
     def update(state: ControllerState, metric: float) -> ControllerState:
         state = _look(state, metric, stops_after)
@@ -199,10 +206,9 @@ def raise_batch_size_on_plateau(
     return Controller(init, update)
 
 
-def _batch_sizes(batch_size: int, eval_batch_size: int | None) -> tuple[int, int | None]:
-    if eval_batch_size is not None:
-        eval_batch_size = check_count("eval_batch_size", eval_batch_size)
-    return check_count("batch_size", batch_size), eval_batch_size
+def _batch_sizes(*sizes: int | None) -> list[int | None]:
+    named = zip(("batch_size", "eval_batch_size"), sizes, strict=True)
+    return [None if size is None else check_count(name, size) for name, size in named]
 
 
 def _check(name: str, value: float, right: bool, expected: str) -> None:

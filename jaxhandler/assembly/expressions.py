@@ -36,7 +36,7 @@ class Expression:
 
     Expressions are frozen, equal where they read the same, and hashable. They print as the code
     that makes them. `+ - * / **` with other expressions and with numbers, on both sides, give
-    expressions.
+    expressions. The gradient of a root, `loss ** 0.5` for instance, is zero where the root is.
 
     There are two sorts. *Values* have rows, `[B, ...]`: `jh.pred`, `jh.true`, `jh.gradient`, and
     arithmetic of them. *Terms* are one number over all rows: those of `jh.losses`, and arithmetic

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from jaxhandler.errors import explain
+
 __all__ = ["PADDING_DISTANCE", "pair_geometry"]
 
 PADDING_DISTANCE = 1.0
@@ -29,6 +31,9 @@ def pair_geometry(inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array
         Displacements `[P, 3]` from the first atom to the second, and distances `[P]`, in the unit
         and dtype of the positions.
 
+    Raises:
+        ValueError: If the columns have an axis of packs.
+
     Example:
         >>> pack = {
         ...     "positions": jnp.array([[0.0, 0.0, 0.0], [0.0, 3.0, 4.0], [0.0, 0.0, 0.0]]),
@@ -41,6 +46,10 @@ def pair_geometry(inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array
         (Array([0., 3., 4.], dtype=float32), Array([5., 5., 1.], dtype=float32))
     """
     positions, mask = inputs["positions"], inputs["pair_mask"]
+    if positions.ndim != 2:
+        fix = "Pass per_row=True to jh.model, or use jax.vmap."
+        seen, expected = f"positions {list(positions.shape)}", "[A, 3], those of one pack"
+        raise ValueError(explain("inputs", seen=seen, expected=expected, fix=fix))
     displacements = positions[inputs["pair_second"]] - positions[inputs["pair_first"]]
     if "cell" in inputs:
         cell, shift = (inputs[name].astype(positions.dtype) for name in ("cell", "pair_shift"))

@@ -221,6 +221,7 @@ def model(
     """
     if not callable(fn):
         raise TypeError(explain("fn", seen=a_type(fn), expected="a function of params and inputs"))
+    _check_no_module(fn)
     for name, value in (("inputs", inputs), ("outputs", outputs)):
         if value is not None:
             check_name(name, value)
@@ -260,6 +261,17 @@ def as_model(fn: Any) -> Model:
         seen = a_type(fn)
         raise TypeError(explain("model", seen=seen, expected="a function, or what jh.model gives"))
     return model(fn)
+
+
+def _check_no_module(fn: Any) -> None:
+    bases = {base.__module__ for base in type(fn).__mro__}
+    for package, fix in (
+        ("flax.nnx", "Write apply_fn, params = jh.from_nnx(module)."),
+        ("flax.linen", "Write apply_fn, params = jh.from_linen(module, variables)."),
+    ):
+        if any(base.startswith(package) for base in bases):
+            expected = "a function of params and inputs"
+            raise TypeError(explain("model", seen=a_type(fn), expected=expected, fix=fix))
 
 
 def _input(inputs: dict[str, Any], name: str) -> Any:

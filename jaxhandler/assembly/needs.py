@@ -11,6 +11,7 @@ from jaxhandler.assembly.computing import Leaf
 from jaxhandler.assembly.expressions import Expression, Gradient, Prediction, Truth, walk
 from jaxhandler.assembly.model import Model
 from jaxhandler.data.database import Database
+from jaxhandler.data.packs import is_packed
 from jaxhandler.data.sources import Source, open_source
 from jaxhandler.errors import a_type, explain
 
@@ -89,7 +90,8 @@ def columns_of(specs: Any) -> Columns:
             every if specs.inputs is None else specs.inputs,
             every if specs.targets is None else specs.targets,
             specs.name,
-            any(spec.shape[0] != specs.num_rows for spec in specs.specs.values()),
+            is_packed(every)
+            or any(spec.shape[0] != specs.num_rows for spec in specs.specs.values()),
         )
     name = "specs"
     if not isinstance(specs, Mapping):
@@ -108,7 +110,7 @@ def columns_of(specs: Any) -> Columns:
         if len(leaf.shape) and _is_numeric(leaf.dtype):
             dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
             found[column] = jax.ShapeDtypeStruct(tuple(leaf.shape), dtype)
-    return Columns(found, tuple(found), tuple(found), name)
+    return Columns(found, tuple(found), tuple(found), name, is_packed(found))
 
 
 def find_needs(

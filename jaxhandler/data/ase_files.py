@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxhandler.data.columns import array_reader
 from jaxhandler.data.structures import Column, Structures
-from jaxhandler.errors import explain, extra, warn
+from jaxhandler.errors import a_type, explain, extra, warn
 
 __all__ = ["is_ase", "read_ase"]
 
@@ -34,11 +34,12 @@ def is_ase(data: Any) -> bool:
         data: Anything.
 
     Returns:
-        Whether `read_ase` takes it.
+        Whether `read_ase` takes it, or says better than others why not: a single `Atoms`.
     """
     if isinstance(data, str | os.PathLike):
         return Path(data).suffix in _ENDINGS
-    return isinstance(data, list | tuple) and bool(data) and _is_atoms(data[0])
+    several = isinstance(data, list | tuple) and bool(data)
+    return _is_atoms(data[0] if several else data)
 
 
 def read_ase(data: Any, *, argument: str = "data") -> Structures:
@@ -60,7 +61,7 @@ def read_ase(data: Any, *, argument: str = "data") -> Structures:
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If ase is not installed.
-        TypeError: If the list holds something else.
+        TypeError: If the list holds something else, or is none.
         ValueError: If there are no structures, or ASE cannot read the file.
 
     Example:
@@ -71,6 +72,9 @@ def read_ase(data: Any, *, argument: str = "data") -> Structures:
     """
     is_path = isinstance(data, str | os.PathLike)
     name = str(data) if is_path else argument
+    if _is_atoms(data):
+        fix = "Write a list, [atoms] for a single one."
+        raise TypeError(explain(name, seen=a_type(data), expected="a list of ase.Atoms", fix=fix))
     all_atoms = _read_file(Path(data), name) if is_path else enumerate(data)
     num_atoms: list[int] = []
     found: dict[str, _Values] = {}

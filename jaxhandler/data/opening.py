@@ -3,14 +3,53 @@
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
-from jaxhandler.data.atoms import atoms_database, is_atoms
+from jaxhandler.data.atoms import AtomsDatabase, atoms_database, is_atoms
 from jaxhandler.data.database import Database, columns_database
+
+if TYPE_CHECKING:
+    from ase import Atoms
 
 __all__ = ["database"]
 
 _SPLITS = MappingProxyType({"train": 0.8, "valid": 0.1, "test": 0.1})
+
+
+@overload
+def database(
+    source: "list[Atoms] | tuple[Atoms, ...]",
+    *,
+    inputs: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    splits: Mapping[str, Any] | str | os.PathLike[str] = _SPLITS,
+    key: Any = None,
+    atom_columns: Sequence[str] | None = None,
+) -> AtomsDatabase: ...
+
+
+@overload
+def database(
+    source: Any,
+    *,
+    inputs: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    splits: Mapping[str, Any] | str | os.PathLike[str] = _SPLITS,
+    key: Any = None,
+    atom_columns: Sequence[str],
+) -> AtomsDatabase: ...
+
+
+@overload
+def database(
+    source: Any,
+    *,
+    inputs: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    splits: Mapping[str, Any] | str | os.PathLike[str] = _SPLITS,
+    key: Any = None,
+    atom_columns: None = None,
+) -> Database: ...
 
 
 def database(
@@ -49,7 +88,8 @@ def database(
             open.
 
     Returns:
-        A `Database`.
+        A `Database`; of structures of atoms an `AtomsDatabase`, as type checkers know where the
+        source is a list of `Atoms` or `atom_columns` are named.
 
     Raises:
         FileNotFoundError: If a path does not exist.

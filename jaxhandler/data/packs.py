@@ -15,7 +15,14 @@ from jaxhandler.data.packing import Packing, Packs
 from jaxhandler.data.structures import Structures
 from jaxhandler.errors import explain
 
-__all__ = ["PACK_COLUMNS", "PackedSource", "bucket_source", "column_specs", "packed_source"]
+__all__ = [
+    "PACK_COLUMNS",
+    "PackedSource",
+    "bucket_source",
+    "column_specs",
+    "is_packed",
+    "packed_source",
+]
 
 # Zero on padding: what models compute with must be finite there.
 _INPUTS = frozenset({"positions", "cell"})
@@ -133,6 +140,22 @@ def column_specs(
         for name, (per, shape, dtype) in {**stored, **made}.items()
         if sizes[per] is not None
     }
+
+
+def is_packed(columns: Collection[str]) -> bool:
+    """Returns whether columns are those of packs: only these tell structures of a row apart.
+
+    Args:
+        columns: Names of columns.
+
+    Returns:
+        Whether there is one that packs have and nothing else.
+
+    Example:
+        >>> is_packed(["positions", "pair_structure"]), is_packed(["positions", "pair_first"])
+        (True, False)
+    """
+    return not _OF_SEVERAL.isdisjoint(columns)
 
 
 def packed_source(

@@ -92,6 +92,19 @@ def test_batches_are_no_larger_than_the_split():
     assert states[-1].learning_rate_scale == 0.5
 
 
+@pytest.mark.parametrize(
+    "controller", [jh.controllers.patience(), raising(batch_size=None, max_batch_size=200)]
+)
+def test_a_batch_size_that_nobody_chose_is_that_of_the_rows(controller):
+    assert controller.init(1000).batch_size == 128
+    assert controller.init(100).batch_size == 100
+    assert controller.init(1000, 1).batch_size == 1  # Of packs.
+
+
+def test_a_batch_size_that_nobody_chose_is_no_larger_than_the_largest():
+    assert raising(max_batch_size=16, batch_size=None).init(1000).batch_size == 16
+
+
 def test_a_state_is_plain_numbers_and_goes_on_after_a_round_trip_through_text():
     controller, metrics = raising(stop_patience=4), [0.5, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4]
     states = after(controller, metrics)

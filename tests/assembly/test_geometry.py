@@ -109,3 +109,9 @@ def test_molecules_need_no_cell() -> None:
         "pair_mask": jnp.array([True]),
     }
     assert pair_geometry(inputs)[1].tolist() == [2.0]
+
+
+def test_packs_with_an_axis_of_their_own_are_refused(database: AtomsDatabase) -> None:
+    packs = {name: column[None] for name, column in pack_of(database).items()}
+    with pytest.raises(ValueError, match=r"saw positions \[1, \d+, 3\].*Pass per_row=True"):
+        pair_geometry(packs)

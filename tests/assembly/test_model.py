@@ -123,6 +123,18 @@ def test_flax_modules_of_dicts_are_models(make):
     assert found == pytest.approx((np.asarray(expected["y"], float) ** 2).mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Dense(1), r"saw a Dense, .*jh.from_linen\(module, variables\)"),
+        (nnx.Linear(3, 1, rngs=nnx.Rngs(0)), r"saw a Linear, .*jh.from_nnx\(module\)"),
+    ],
+)
+def test_a_flax_module_that_was_not_split_says_how_to(module, message):
+    with pytest.raises(TypeError, match=message):
+        jh.model(module)
+
+
 def test_a_flax_module_of_an_array_is_a_model_by_names():
     module = nn.Dense(2)
     apply_fn, params = jh.from_linen(module, module.init(jax.random.key(0), R))

@@ -201,3 +201,26 @@ def test_a_column_that_only_counts_the_structures_of_packs_is_an_input() -> None
     total = modules.model(1.0, pack)["total"]
     assert total.shape == (1, many.packing.structures) != (1, database.packed(3).packing.structures)
     assert float(total.sum()) == np.nansum(pack["charge"])
+
+
+@pytest.mark.parametrize("of", [lambda few: few.specs, lambda few: few.source()])
+def test_specs_and_sources_of_packs_are_packs_as_their_database_is(of) -> None:
+    data = {"num_atoms": np.tile([1, 3], 9), "charge": np.ones(36, np.float32)}
+    database = jh.database(data, splits={})
+
+    def charges(params, pack):
+        slots = len(pack["structure_mask"])
+        total = jax.ops.segment_sum(pack["charge"], pack["atom_structure"], slots)
+        unread = pack["num_atoms"] + jnp.zeros(slots, jnp.int32)
+        return {"total": params * jnp.nan_to_num(total), "unread": unread}
+
+    mean = jh.losses.mean(jh.pred("total"), mask=jh.true("structure_mask"))
+    modules, _ = jh.assemble_for_training(
+        mean,
+        {"mean": mean},
+        model=jh.model(charges, per_row=True),
+        params=1.0,
+        specs=of(database.packed(3)),
+    )
+    assert modules.evaluator.program.batch_size == 1
+    assert modules.evaluator.evaluate(1.0, database.packed(9)) == {"mean": 2.0}

@@ -176,3 +176,12 @@ def test_what_stands_where_nothing_counts_harms_no_gradient() -> None:
     ):
         slope = jax.grad(lambda p, term=term: loss_of(1 * term, {"p": p, **columns}))
         np.testing.assert_allclose(slope(jnp.array(prediction)), expected)
+
+
+@pytest.mark.parametrize("labels", [[np.nan] * 3, ARRAYS["p"]], ids=["no label", "no error"])
+@pytest.mark.parametrize("root", [0.5, 1 / 3])
+def test_nothing_is_learnt_from_the_root_of_nothing(labels, root) -> None:
+    arrays = {"p": jnp.asarray(ARRAYS["p"]), "t": jnp.asarray(labels)}
+    term = losses.mse(P, T) ** root + losses.mean(jh.pred("p") * 0.5)
+    value, slope = jax.value_and_grad(lambda p: loss_of(term, arrays | {"p": p}))(arrays["p"])
+    assert (float(value), slope.tolist()) == (1.0, pytest.approx([1 / 6] * 3))

@@ -13,6 +13,7 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from jaxhandler.data.ase_files import is_ase, read_ase
+from jaxhandler.data.opening import database
 from jaxhandler.data.structures import Structures
 from tests.data.crystals import metals, molecules
 
@@ -139,6 +140,8 @@ def test_what_holds_no_structures_is_refused(tmp_path: Path) -> None:
         read_ase([Atoms("H"), Atoms()])
     with pytest.raises(TypeError, match="int as entry 1"):
         read_ase([Atoms("H"), 3])
+    with pytest.raises(TypeError, match=r"source: saw an? Atoms.*Write a list, \[atoms\]"):
+        database(Atoms("H"), splits={})
 
 
 def test_other_data_is_left_to_others(tmp_path: Path) -> None:
