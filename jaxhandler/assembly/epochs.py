@@ -180,8 +180,8 @@ class Epochs:
         if macrobatch_size is None:
             macrobatch_size = _whole_packs(self._num_rows, in_database) if packed else _MACROBATCH
         self.macrobatch_size = macrobatch_size
-        one = patience(batch_size=1, eval_batch_size=1)
-        self._controller = controller or (one if packed else patience())
+        self._controller = controller or patience(eval_batch_size=1 if packed else None)
+        self._batch_size = 1 if packed else 128
         self._building = {"accumulate": accumulate, "on_nonfinite": on_nonfinite}
 
     def begin(self, state: FitState | None, params: Any, key: Any) -> FitState:
@@ -196,7 +196,8 @@ class Epochs:
             A `FitState` whose controller has begun.
         """
         control = state.controller if state is not None else None
-        control = self._controller.init(self._num_rows) if control is None else control
+        if control is None:
+            control = self._controller.init(self._num_rows, self._batch_size)
         if state is not None:
             return state._replace(controller=control)
         train = self.trainer(control.batch_size).init(params, key=key)

@@ -192,7 +192,10 @@ def columns_database(
         TypeError: If the source has no named columns, or as `jaxhandler.database`.
         ValueError: As `jaxhandler.database`.
     """
-    opened = open_source(source, argument="source")
+    wanted = None
+    if inputs is not None and targets is not None:
+        wanted = {*_names_of(inputs), *_names_of(targets), *_names_of(splits)}
+    opened = open_source(source, columns=wanted, argument="source")
     found = opened.specs
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         seen = f"an array, {opened}" if isinstance(found, jax.ShapeDtypeStruct) else str(opened)
@@ -228,6 +231,15 @@ def columns_database(
         targets,
         opened.name,
         select,
+    )
+
+
+def _names_of(given: Any) -> list[str]:
+    """Returns the names of columns in an argument that is not checked yet."""
+    several = given.values() if isinstance(given, Mapping) else given
+    several = [several] if isinstance(several, str) else several
+    return (
+        [each for each in several if isinstance(each, str)] if isinstance(several, Iterable) else []
     )
 
 

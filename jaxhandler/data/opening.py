@@ -72,7 +72,7 @@ def database(
             among which is `num_atoms`; these need the extra `atoms` and become packs.
         inputs: Columns that may be inputs of a model; None for any.
         targets: Columns that may be targets; None for any. Where both are given, the database has
-            no other columns.
+            no other columns, and others in a file may be anything, text for instance.
         splits: How rows are parted; rows may be in no split, never in two.
 
             - Fractions, `{"train": 0.8, "valid": 0.1, "test": 0.1}` (the default), drawn from

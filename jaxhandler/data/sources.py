@@ -3,7 +3,7 @@
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ class _Policy(NamedTuple):
 
     narrowing: str
     missing_chunks: str
+    columns: Collection[str] | None
 
 
 def open_source(
@@ -43,6 +44,7 @@ def open_source(
     *,
     narrowing: str = "warn",
     missing_chunks: str = "raise",
+    columns: Collection[str] | None = None,
     argument: str = "data",
 ) -> Source:
     """Returns a source of the rows of `data`.
@@ -83,6 +85,8 @@ def open_source(
         missing_chunks: What a chunk of a Zarr array does that is not in its store: "raise", because
             it may be lost, or "fill" with the array's fill value, because many writers leave out
             chunks that hold nothing else. TensorStore's other chunked formats follow it, too.
+        columns: Names of columns; others at the top level of a mapping, a folder or a file are not
+            looked at, whatever they hold. None opens all, and so does a name that is not there.
         argument: How messages call `data`.
 
     Returns:
@@ -126,8 +130,10 @@ def open_source(
     if isinstance(data, Source):
         return data
     check_choice("missing_chunks", missing_chunks, ("raise", "fill"))
-    policy = _Policy(narrowing, missing_chunks)
-    return combine(data, argument, lambda name, leaf: _open_leaf(name, leaf, policy))
+    policy = _Policy(narrowing, missing_chunks, columns)
+    return combine(
+        _chosen(data, columns), argument, lambda name, leaf: _open_leaf(name, leaf, policy)
+    )
 
 
 def resident_source(data: Any, *, argument: str = "data") -> Source:
@@ -179,6 +185,14 @@ def _open_leaf(name: str, leaf: Any, policy: _Policy) -> Source:
     raise TypeError(explain(name, seen=seen, expected=expected, fix=fix))
 
 
+def _chosen(data: Any, columns: Collection[str] | None) -> Any:
+    """Returns some columns; all of them where one is missing, for messages to name."""
+    named = hasattr(data, "keys") and not hasattr(data, "shape") and not is_spec(data)
+    if columns is None or not named or not set(columns) <= set(data.keys()):
+        return data
+    return {name: data[name] for name in columns}
+
+
 def _is_instance(leaf: Any, module: str, kind: str) -> bool:
     """Whether `leaf` is of a library's class; its library need not be installed."""
     found = getattr(sys.modules.get(module), kind, None)
@@ -186,7 +200,8 @@ def _is_instance(leaf: Any, module: str, kind: str) -> bool:
 
 
 def _open_path(path: Path, policy: _Policy) -> Source:
-    readers = readers_of(path, policy.missing_chunks, check_complete(path))
+    readers = readers_of(path, policy.missing_chunks, check_complete(path), policy.columns)
+    readers = _chosen(readers, policy.columns)
     arrays = [leaf for leaf in jax.tree.leaves(readers) if isinstance(leaf, Reader)]
     sizes = {leaf.name: leaf.specs.shape[:1] for leaf in arrays if isinstance(leaf.specs, Stored)}
     if len(set(sizes.values()) - {()}) > 1:
@@ -195,7 +210,9 @@ def _open_path(path: Path, policy: _Policy) -> Source:
         raise ValueError(explain(str(path), seen=seen, expected="one number of rows", fix=fix))
 
     def open_leaf(_: str, leaf: Reader | Path) -> Source:
-        return _read_by(leaf, policy) if isinstance(leaf, Reader) else _open_path(leaf, policy)
+        if isinstance(leaf, Reader):
+            return _read_by(leaf, policy)
+        return _open_path(leaf, policy._replace(columns=None))
 
     return combine(readers, str(path), open_leaf)
 

@@ -79,8 +79,9 @@ class TrainInfo(NamedTuple):
 
     @property
     def losses(self) -> np.ndarray:
-        """`[S]`, the mean loss of each step."""
-        return np.asarray(self.total, np.float64) / np.asarray(self.count, np.float64)
+        """`[S]`, the mean loss of each step; NaN of one in which no entry counted."""
+        with np.errstate(invalid="ignore"):
+            return np.asarray(self.total, np.float64) / np.asarray(self.count, np.float64)
 
     @property
     def loss(self) -> Any:

@@ -85,6 +85,15 @@ def test_packs_are_made_anew_for_each_epoch_and_a_step_sees_one():
     assert int(result.state.train.step) == sum(map(len, trained))
 
 
+@pytest.mark.parametrize(
+    "controller",
+    [jh.controllers.patience(9), jh.controllers.raise_batch_size_on_plateau(max_batch_size=4)],
+)
+def test_a_controller_without_a_batch_size_begins_with_one_pack(controller):
+    result = fit(packs([]), 1, controller=controller)
+    np.testing.assert_array_equal(result.history["batch_size"], [1])
+
+
 def test_packs_are_the_same_whether_a_fit_was_stopped_or_not():
     whole, parts = [], []
     expected = fit(packs(whole), 4)

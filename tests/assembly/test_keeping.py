@@ -294,7 +294,7 @@ def test_a_trainer_does_not_go_on_with_a_fit(stopped):
 def test_a_controller_that_keeps_more_than_numbers_is_refused(tmp_path):
     controller = jh.controllers.patience(batch_size=8)
     keeping = controller._replace(
-        init=lambda rows: controller.init(rows)._replace(best=np.zeros(3))
+        init=lambda *given: controller.init(*given)._replace(best=np.zeros(3))
     )
     with pytest.raises(TypeError, match=r"controller: saw a NumPy array, expected plain numbers"):
         kept_fit(tmp_path / "kept", controller=keeping)

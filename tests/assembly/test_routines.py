@@ -35,6 +35,7 @@ def assembled(metrics=METRICS, model=line, params=PARAMS, **options):
 
 
 MODULES, DB_INFO = assembled()
+WITHOUT_METRICS, _ = assembled({})
 # One optimiser and one cache: tests that do not count plans share theirs.
 SGD, PLANS = optax.sgd(0.05), jh.PlanCache()
 
@@ -342,9 +343,9 @@ def test_ctrl_c_in_an_epoch_gives_the_epochs_before_and_can_be_continued(watched
 def test_ctrl_c_in_the_first_epoch_gives_the_parameters_as_they_were(watched, database, capfd):
     controller = jh.controllers.patience(batch_size=8)
 
-    def init(num_rows):
+    def init(num_rows, batch_size):
         watched.armed = True
-        return controller.init(num_rows)
+        return controller.init(num_rows, batch_size)
 
     result = fit(5, database=database, controller=controller._replace(init=init))
     assert "interrupted after 0 whole epochs" in capfd.readouterr().err
@@ -441,6 +442,7 @@ def test_a_line_is_printed_for_each_epoch_and_one_for_the_best(capsys):
     ("options", "error", "text"),
     [
         ({"stopping_key": "RMSE"}, ValueError, "stopping_key: saw 'RMSE', expected a metric's"),
+        ({"modules": WITHOUT_METRICS}, ValueError, "modules: saw no metric, expected at least one"),
         ({"evaluate": ("vaild",)}, ValueError, "evaluate: saw split 'vaild', expected one of"),
         ({"evaluate": "valid"}, TypeError, "evaluate: saw 'valid'"),
         ({"evaluate_best": ("tset",)}, ValueError, "evaluate_best: saw split 'tset'"),

@@ -1,13 +1,16 @@
 """Databases: columns and splits of any source, and how little of it is read."""
 
+import h5py
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
+import zarr
 
 import jaxhandler as jh
 from jaxhandler.data.selecting import select_rows
@@ -336,3 +339,30 @@ def test_what_is_read_of_scattered_rows_is_fresh():
 def test_columns_of_some_rows_are_rows_of_some_columns(arrays):
     some = select_rows(jh.open_source(arrays), np.array([1, 4]))
     assert some.columns(["y"]).read(0, 2)["y"].tolist() == [1, 4]
+
+
+@pytest.mark.parametrize("ending", ["folder", ".npz", ".h5", ".zarr", ".parquet", ".arrow", "dict"])
+def test_columns_that_nobody_names_may_be_anything(tmp_path, ending):
+    columns = {"x": np.ones(6, np.float32), "y": np.zeros(6, np.float32), "fold": np.arange(6) % 2}
+    text, path = ["mol"] * 6, tmp_path / f"data{ending}"
+    every = {**columns, "name": np.array(text)}
+    if ending in (".parquet", ".arrow"):
+        table = pa.table({**columns, "name": pa.array(text), "gap": pa.array([1.0, None] * 3)})
+        pq.write_table(table, path) if ending == ".parquet" else feather.write_feather(table, path)
+    elif ending == ".npz":
+        np.savez(path, version=np.int32(3), **every)
+    elif ending == ".h5":
+        with h5py.File(path, "w") as file:
+            file.update({**columns, "name": text})
+    elif ending == ".zarr":
+        group = zarr.open_group(path, mode="w")
+        for name, column in {**columns, "name": np.zeros(3)}.items():
+            group.create_array(name, data=column)
+    elif ending == "folder":
+        path.mkdir()
+        for name, column in every.items():
+            np.save(path / f"{name}.npy", column)
+    source = every if ending == "dict" else path
+    database = jh.database(source, inputs=["x"], targets=["y"], splits="fold")
+    assert sorted(database.specs) == ["x", "y"]
+    assert database.source("1", ["x"]).read(0, 3)["x"].tolist() == [1.0] * 3

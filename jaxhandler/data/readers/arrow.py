@@ -7,7 +7,7 @@ import contextlib
 import functools
 import itertools
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from jaxhandler.data.readers.reader import (
     nested,
     stamp_of,
 )
-from jaxhandler.data.readers.table import check_schemas, flattened, stored_as, values
+from jaxhandler.data.readers.table import check_schemas, chosen, flattened, stored_as, values
 from jaxhandler.errors import extra
 
 __all__ = ["arrow_reader"]
@@ -57,13 +57,19 @@ class _Batch(NamedTuple):
     end: int
 
 
-def arrow_reader(name: str, paths: Sequence[Path], intact: Intact = FOREIGN) -> Any:
+def arrow_reader(
+    name: str,
+    paths: Sequence[Path],
+    intact: Intact = FOREIGN,
+    columns: Collection[str] | None = None,
+) -> Any:
     """Returns the readers of a table's columns: one file, or parts whose rows follow each other.
 
     Args:
         name: How messages call the table.
         paths: Its files, in order.
         intact: What tells that bytes are those that were written.
+        columns: Those that are wanted; None for all.
 
     Returns:
         A dict of readers by column; one column stands for itself.
@@ -109,7 +115,10 @@ def arrow_reader(name: str, paths: Sequence[Path], intact: Intact = FOREIGN) -> 
             called = f"{parts[batch.part].path}[{column!r}]"
             yield values(called, array, stored, batch.first)
 
-    specs = {field.name: stored_as(name, field, num_rows, first_rows) for field in schemas[0]}
+    specs = {
+        field.name: stored_as(name, field, num_rows, first_rows)
+        for field in chosen(schemas[0], columns)
+    }
     for number in (number for number, batch in enumerate(batches) if batch.nulls):
         for column, stored in specs.items():
             for _ in decoded([number], column, stored):  # Names the row of a null.
@@ -130,7 +139,9 @@ def arrow_reader(name: str, paths: Sequence[Path], intact: Intact = FOREIGN) -> 
             decode = functools.partial(decoded, column=column, stored=stored)
             reader = block_reader(called, stored, starts, decode, unit="record batches", said=said)
         readers.append(([column], reader))
-    return nested(paths[0], readers)
+    if len(schemas[0]) == 1:
+        return nested(paths[0], readers)
+    return {keys[0]: reader for keys, reader in readers}
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Which format a path is, by its ending, or by what lies in the folder."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,19 @@ _TABLES = {".parquet": parquet_reader, ".arrow": arrow_reader, ".feather": arrow
 _NUMBERED = re.compile(r"(\d+)-of-(\d+)$")
 
 
-def readers_of(path: Path, missing_chunks: str, intact: Intact = FOREIGN) -> Any:
+def readers_of(
+    path: Path,
+    missing_chunks: str,
+    intact: Intact = FOREIGN,
+    columns: Collection[str] | None = None,
+) -> Any:
     """Returns the readers of all arrays at a path, without reading rows.
 
     Args:
         path: A file or folder that is there.
         missing_chunks: "raise" or "fill": what a chunk of a Zarr array does that is not there.
         intact: What tells that bytes of an output of ours are those that were written.
+        columns: Those of a table that are wanted; None for all.
 
     Returns:
         A reader, or nested dicts of readers; for a folder of `.npy` files a dict of their paths.
@@ -40,13 +47,15 @@ def readers_of(path: Path, missing_chunks: str, intact: Intact = FOREIGN) -> Any
         ValueError: If the format is not known, or a file is damaged.
     """
     if path.is_dir():
-        return zarr_reader(path, missing_chunks, intact) if is_zarr(path) else _folder(path, intact)
+        if is_zarr(path):
+            return zarr_reader(path, missing_chunks, intact)
+        return _folder(path, intact, columns)
     if path.suffix in _FILES:
         return _FILES[path.suffix](path, intact)
     if path.suffix in _FOREIGN:
         return _FOREIGN[path.suffix](path)
     if path.suffix in _TABLES:
-        return _TABLES[path.suffix](str(path), [path], intact)
+        return _TABLES[path.suffix](str(path), [path], intact, columns)
     known = ", ".join([*_FILES, *_FOREIGN, *_TABLES])
     fix = "Open other formats yourself, and pass what slices or gives rows by number."
     seen, expected = (
@@ -56,7 +65,7 @@ def readers_of(path: Path, missing_chunks: str, intact: Intact = FOREIGN) -> Any
     raise ValueError(explain(str(path), seen=seen, expected=expected, fix=fix))
 
 
-def _folder(path: Path, intact: Intact) -> Any:
+def _folder(path: Path, intact: Intact, columns: Collection[str] | None) -> Any:
     found: dict[Any, list[Path]] = {}
     for child in sorted(path.iterdir()):
         if child.suffix in (".npy", *_TABLES) and not child.name.startswith("."):
@@ -80,7 +89,7 @@ def _folder(path: Path, intact: Intact) -> Any:
         text = explain(str(path), seen=f"the folder {inside[0]}", expected=expected, fix=fix)
         raise ValueError(text)
     _check_numbers(path, children)
-    return reader(str(path), children, intact)
+    return reader(str(path), children, intact, columns)
 
 
 def _check_numbers(path: Path, parts: list[Path]) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from jaxhandler.data.readers.reader import (
     damaged,
     stamp_of,
 )
-from jaxhandler.data.readers.table import check_schemas, stored_as, values
+from jaxhandler.data.readers.table import check_schemas, chosen, stored_as, values
 from jaxhandler.errors import extra
 
 __all__ = ["parquet_reader"]
@@ -43,13 +43,19 @@ class _Block(NamedTuple):
     high: int
 
 
-def parquet_reader(name: str, paths: Sequence[Path], intact: Intact = FOREIGN) -> Reader:
+def parquet_reader(
+    name: str,
+    paths: Sequence[Path],
+    intact: Intact = FOREIGN,
+    columns: Collection[str] | None = None,
+) -> Reader:
     """Returns the reader of a table: one file, or parts whose rows follow each other.
 
     Args:
         name: How messages call the table.
         paths: Its files, in order.
         intact: What tells that bytes are those that were written.
+        columns: Those that are wanted; None for all.
 
     Returns:
         A reader of all columns at once, by name; of the only one, where it is alone.
@@ -100,7 +106,8 @@ def parquet_reader(name: str, paths: Sequence[Path], intact: Intact = FOREIGN) -
         return next(table.column(0).combine_chunks() for _, table in tables([0], [column]))
 
     specs = {
-        field.name: stored_as(name, field, int(starts[-1]), first_rows) for field in schemas[0]
+        field.name: stored_as(name, field, int(starts[-1]), first_rows)
+        for field in chosen(schemas[0], columns)
     }
 
     def decode(numbers: Sequence[int], columns: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
@@ -116,7 +123,7 @@ def parquet_reader(name: str, paths: Sequence[Path], intact: Intact = FOREIGN) -
             for _ in decode([number], list(specs)):  # Names the column and the row.
                 pass
     _warn_of_codecs(name, parts)
-    if len(specs) == 1:
+    if len(schemas[0]) == 1:
         ((alone, stored),) = specs.items()
         only = lambda numbers: (arrays[alone] for arrays in decode(numbers, [alone]))  # noqa: E731
         return block_reader(f"{name}[{alone!r}]", stored, starts, only, unit="row groups")

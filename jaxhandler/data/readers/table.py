@@ -1,6 +1,6 @@
 """What Arrow and Parquet columns are as arrays: types, values, parts that must agree."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from jaxhandler.data.readers.reader import Stored
 from jaxhandler.errors import explain
 
-__all__ = ["check_schemas", "stored_as", "values"]
+__all__ = ["check_schemas", "chosen", "stored_as", "values"]
 
 _EXPECTED = "numbers, bools, or lists of them of one fixed size"
 # Those that NumPy calls otherwise.
@@ -45,6 +45,20 @@ def check_schemas(paths: Sequence[Path], schemas: Sequence[Any]) -> None:
                 continue
             name = f"{path}[{column!r}]"
             raise ValueError(explain(name, seen=here, expected=expected, fix=fix))
+
+
+def chosen(schema: Any, columns: Collection[str] | None) -> list[Any]:
+    """Returns the fields of some columns; all of them where one is missing, for messages to name.
+
+    Args:
+        schema: An Arrow schema.
+        columns: Their names; None for all.
+
+    Returns:
+        Fields, in the order of the schema.
+    """
+    some = columns is not None and set(columns) <= set(schema.names)
+    return [field for field in schema if not some or field.name in columns]
 
 
 def stored_as(name: str, field: Any, num_rows: int, first_rows: Callable[[str], Any]) -> Stored:
