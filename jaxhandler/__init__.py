@@ -52,6 +52,7 @@ from jaxhandler.ensembles.stopping import EarlyStopping as EarlyStopping
 from jaxhandler.ensembles.stopping import StoppingState as StoppingState
 from jaxhandler.ensembles.stopping import early_stopping as early_stopping
 from jaxhandler.ensembles.stopping import halve as halve
+from jaxhandler.errors import DeviceMemoryError as DeviceMemoryError
 from jaxhandler.errors import IsolationError as IsolationError
 from jaxhandler.errors import NonFiniteError as NonFiniteError
 from jaxhandler.errors import RowDependenceError as RowDependenceError
@@ -110,6 +111,7 @@ __all__ = [
     "Calculator",
     "Checkpoint",
     "Database",
+    "DeviceMemoryError",
     "EarlyStopping",
     "Evaluator",
     "Expression",

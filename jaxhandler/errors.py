@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 __all__ = [
+    "DeviceMemoryError",
     "IsolationError",
     "NonFiniteError",
     "RowDependenceError",
@@ -20,6 +21,15 @@ __all__ = [
     "extra",
     "warn",
 ]
+
+
+class DeviceMemoryError(MemoryError):
+    """A device has no memory left for what a run needs there at once.
+
+    Example:
+        >>> issubclass(DeviceMemoryError, MemoryError)
+        True
+    """
 
 
 class IsolationError(ValueError):

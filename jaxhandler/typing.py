@@ -83,7 +83,8 @@ class RunReport:
         rows: Rows visited.
         compiles: Plans compiled during the run.
         compile: Seconds compiling them, and tracing the step.
-        macrobatch_size: Rows of a whole macrobatch, "auto" resolved.
+        macrobatch_size: Rows of a whole macrobatch, "auto" resolved; fewer where
+            `on_oom="halve"` had parts of it on the device.
         mode: "scan" or "loop", "auto" resolved.
         timeline: `(stage, start, stop)` in seconds since the run began, of its last few thousand
             stages in the order they ended; what `plot` draws.

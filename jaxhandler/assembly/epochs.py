@@ -143,6 +143,7 @@ class Epochs:
         shuffle: As `Trainer.train_from_host` takes it.
         accumulate: As `jh.trainer` takes it.
         on_nonfinite: As `jh.trainer` takes it.
+        on_oom: As `Trainer.train_from_host` takes it.
         on_macrobatch_finish: As `Trainer.train_from_host` takes it.
         plans: Holds trainers and their plans.
 
@@ -165,12 +166,14 @@ class Epochs:
         shuffle: str | None,
         accumulate: int,
         on_nonfinite: str,
+        on_oom: str,
         on_macrobatch_finish: Callback | None,
         plans: PlanCache,
     ) -> None:
         self._modules, self._database, self._db_info = modules, database, db_info
         self._optimizer, self._stopping_key = optimizer, stopping_key
         self._splits, self._num_epochs = splits, num_epochs
+        self._on_oom = on_oom
         self._shuffle, self._plans, self._on_macrobatch = shuffle, plans, on_macrobatch_finish
         self._sources: dict[str, Source] = {}
         # Splits number structures where a row is a pack of several.
@@ -225,6 +228,7 @@ class Epochs:
             shuffle=self._shuffle,
             macrobatch_size=self.macrobatch_size,
             on_macrobatch_finish=self._on_macrobatch,
+            on_oom=self._on_oom,
             # Only a fit passes a leg, so no signature but the fold's names it.
             checkpoint=cast(Any, leg),
         )
@@ -284,12 +288,13 @@ class Epochs:
         """
         evaluator, size = self.evaluator(batch_size), macrobatch_size or self.macrobatch_size
         metrics, pictures = {}, {}
+        options: dict[str, Any] = {"macrobatch_size": size, "on_oom": self._on_oom}
         for split in splits:
             given = (params, self.source(split))
             if plots:
-                metrics[split], pictures[split] = evaluator.collect(*given, macrobatch_size=size)
+                metrics[split], pictures[split] = evaluator.collect(*given, **options)
             else:
-                metrics[split] = evaluator.evaluate(*given, macrobatch_size=size)
+                metrics[split] = evaluator.evaluate(*given, **options)
         return metrics, pictures
 
     def source(self, split: str, order: np.random.Generator | None = None) -> Source:

@@ -107,6 +107,7 @@ class Evaluator(Calculator):
         progress: bool = False,
         read_ahead: int = 1,
         sharding: Placement = None,
+        on_oom: str = "raise",
     ) -> dict[str, Any]:
         """Computes the metrics over rows in host memory or on disk.
 
@@ -119,6 +120,8 @@ class Evaluator(Calculator):
             read_ahead: Macrobatches read ahead in a thread; 0 reads them when they are needed.
             sharding: How a batch lies on several devices: a `Sharding`, or a `PartitionSpec` under
                 the caller's mesh.
+            on_oom: What is done where the device's memory runs out, "raise" or "halve", as in
+                `Calculator.calc_from_host`.
 
         Returns:
             Metrics by name, numbers in float64; of an ensemble arrays `[E]`. NaN where no entry
@@ -148,6 +151,7 @@ class Evaluator(Calculator):
             progress=progress,
             read_ahead=read_ahead,
             sharding=sharding,
+            on_oom=on_oom,
         )
         return metrics
 
@@ -160,6 +164,7 @@ class Evaluator(Calculator):
         progress: bool = False,
         read_ahead: int = 1,
         sharding: Placement = None,
+        on_oom: str = "raise",
     ) -> tuple[dict[str, Any], tuple[Any, ...]]:
         """Computes the metrics, and in the same pass what plots are drawn from.
 
@@ -171,6 +176,8 @@ class Evaluator(Calculator):
             read_ahead: Macrobatches read ahead in a thread; 0 reads them when they are needed.
             sharding: How a batch lies on several devices: a `Sharding`, or a `PartitionSpec` under
                 the caller's mesh.
+            on_oom: What is done where the device's memory runs out, "raise" or "halve", as in
+                `Calculator.calc_from_host`.
 
         Returns:
             `(metrics, states)`: as `evaluate` gives them, and a state for each plot, which
@@ -200,6 +207,7 @@ class Evaluator(Calculator):
             progress=progress,
             read_ahead=read_ahead,
             sharding=sharding,
+            on_oom=on_oom,
         )
 
     def _collect(

@@ -17,7 +17,8 @@ from jaxhandler.checkpointing.leaves import nested, restore
 from jaxhandler.checkpointing.saver import Leg, Saver
 from jaxhandler.data.fingerprints import fingerprint
 from jaxhandler.errors import a_type, explain
-from jaxhandler.handlers.run import Options, Run
+from jaxhandler.handlers.options import Options
+from jaxhandler.handlers.run import Run
 from jaxhandler.versions import versions
 
 __all__ = ["Kept", "identity_of", "keep"]

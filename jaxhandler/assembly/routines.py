@@ -71,6 +71,7 @@ def fit(
     macrobatch_size: int | str | None = None,
     accumulate: int = 1,
     on_nonfinite: str = "raise",
+    on_oom: str = "raise",
     on_macrobatch_finish: Callback | None = None,
     progress: bool = True,
     plans: PlanCache | None = None,
@@ -122,6 +123,8 @@ def fit(
         accumulate: Micro-batches a batch is split into, as in `jh.trainer`.
         on_nonfinite: As in `jh.trainer`: "raise", "skip", "freeze" (which ends the fit) or
             "ignore".
+        on_oom: What is done where the device's memory runs out, "raise" or "halve", as in
+            `Trainer.train_from_host`.
         on_macrobatch_finish: Called with a `Progress` within epochs of training, as by
             `Trainer.train_from_host`; `jh.callbacks.log_to(...)` for instance.
         progress: Whether to print metrics after each epoch, a `*` after those better than ever: a
@@ -198,6 +201,7 @@ def fit(
         shuffle=shuffle,
         accumulate=accumulate,
         on_nonfinite=on_nonfinite,
+        on_oom=on_oom,
         on_macrobatch_finish=on_macrobatch_finish,
         plans=PlanCache() if plans is None else plans,
     )

@@ -1,5 +1,6 @@
 """Which strategy is fastest: tried once for each kind of call, on the device, and remembered."""
 
+import math
 import time
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 
 from jaxhandler.ensembles.strategies import Strategy
 from jaxhandler.errors import check_choice, check_count, explain
+from jaxhandler.handlers.shortage import is_shortage
 from jaxhandler.handlers.steps import Keys, convolves
 from jaxhandler.plans import PlanCache, compile_plan
 
@@ -170,5 +172,11 @@ def _made_up(spec: Any) -> np.ndarray:
 
 def _seconds(plan: Callable[..., Any], args: tuple[Any, ...]) -> float:
     start = time.perf_counter()
-    jax.block_until_ready(plan(*args))
+    try:
+        jax.block_until_ready(plan(*args))
+    except jax.errors.JaxRuntimeError as error:
+        if not is_shortage(error):
+            raise
+        # What does not fit the device is no rival to what does.
+        return math.inf
     return time.perf_counter() - start

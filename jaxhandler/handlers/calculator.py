@@ -9,8 +9,11 @@ from jaxhandler.data.sinks import check_sink
 from jaxhandler.data.sources import open_source, resident_source
 from jaxhandler.handlers.fold import folding
 from jaxhandler.handlers.handler import RESIDENT, Handler
+from jaxhandler.handlers.options import Options
+from jaxhandler.handlers.parts import micro_batched
 from jaxhandler.handlers.program import Program, check_builder
-from jaxhandler.handlers.run import Options, Run
+from jaxhandler.handlers.run import Run
+from jaxhandler.handlers.shortage import refusing
 from jaxhandler.plans import PlanCache
 from jaxhandler.typing import Batch, Callback, Placement, Step
 
@@ -32,6 +35,9 @@ class Calculator(Handler):
         Array([0., 3., 6.], dtype=float32)
     """
 
+    def _split(self, step: Step, pieces: int) -> Step | None:
+        return micro_batched(step, pieces, self.program.row_axis)
+
     def calc(self, params: Any, data: Any) -> Any:
         """Computes outputs for rows on the device.
 
@@ -43,6 +49,7 @@ class Calculator(Handler):
             JAX arrays `[N, ...]`, a tree like that of `apply_fn`; with `tail="drop"` fewer rows.
 
         Raises:
+            DeviceMemoryError: If the device has no memory left for what the sizes ask for.
             TypeError: If a leaf is no array, or has a dtype JAX does not have.
             ValueError: If leaves disagree about `N`, or an output has no row per row.
 
@@ -67,6 +74,7 @@ class Calculator(Handler):
         read_ahead: int = 1,
         sharding: Placement = None,
         checkpoint: Checkpoint | None = None,
+        on_oom: str = "raise",
     ) -> Any:
         """Computes outputs for rows in host memory or on disk, to host memory or to disk.
 
@@ -88,12 +96,16 @@ class Calculator(Handler):
                 the caller's mesh.
             checkpoint: A `jh.checkpoint`, with which the run goes on where it was stopped; `out`
                 must then be `.npy`, `.zarr` or a folder.
+            on_oom: What is done where the device's memory runs out: "raise" says what would fit,
+                "halve" goes on with parts of macrobatches, half as large each time, in the end with
+                micro-batches; batches and their order stay as they are.
 
         Returns:
             NumPy arrays `[N, ...]`, a tree like that of `apply_fn`; or, where `out` is a path, the
             finished source.
 
         Raises:
+            DeviceMemoryError: If the device has no memory left for what the sizes ask for.
             TypeError: If a leaf is no array, or has a dtype JAX does not have.
             ValueError: If leaves disagree about `N`, or an output has no row per row.
             OSError: If rows cannot be read or outputs not written.
@@ -113,6 +125,7 @@ class Calculator(Handler):
             read_ahead=read_ahead,
             sharding=sharding,
             checkpoint=checkpoint,
+            on_oom=on_oom,
         )
         return self._fold(self.step, params, (), open_source(data), options, out).outputs
 
@@ -127,6 +140,7 @@ class Calculator(Handler):
         progress: bool = False,
         read_ahead: int = 1,
         sharding: Placement = None,
+        on_oom: str = "raise",
     ) -> Iterator[Any]:
         """Yields outputs macrobatch by macrobatch, for those who want neither memory nor a file.
 
@@ -142,11 +156,15 @@ class Calculator(Handler):
             read_ahead: Macrobatches read ahead in a thread; 0 reads them when they are needed.
             sharding: How a batch lies on several devices: a `Sharding`, or a `PartitionSpec` under
                 the caller's mesh.
+            on_oom: What is done where the device's memory runs out: "raise" says what would fit,
+                "halve" goes on with parts of macrobatches, half as large each time, in the end with
+                micro-batches; batches and their order stay as they are.
 
         Returns:
             An iterator of trees of NumPy arrays `[M, ...]`, in order, the last one short.
 
         Raises:
+            DeviceMemoryError: If the device has no memory left for what the sizes ask for.
             TypeError: If a leaf is no array, or has a dtype JAX does not have.
             ValueError: If leaves disagree about `N`, or an output has no row per row.
             OSError: If rows cannot be read.
@@ -165,13 +183,16 @@ class Calculator(Handler):
             progress=progress,
             read_ahead=read_ahead,
             sharding=sharding,
+            on_oom=on_oom,
+            split=lambda pieces: self._split(self.step, pieces),
         )
         source = open_source(data)
 
         def blocks() -> Iterator[Any]:
-            run = Run(self.program, self.step, params, (), source, options)
-            for finished in folding(run, run.open_sink("blocks")):
-                yield finished.block
+            with refusing(self.program, options, params):
+                run = Run(self.program, self.step, params, (), source, options)
+                for finished in folding(run, run.open_sink("blocks")):
+                    yield finished.block
 
         return blocks()
 

@@ -19,8 +19,10 @@ from jaxhandler.data.sources import Source
 from jaxhandler.errors import a_type, explain, warn
 from jaxhandler.handlers.carries import owned
 from jaxhandler.handlers.fold import Finished, Result, consume, folding, join_steps
+from jaxhandler.handlers.options import Options
+from jaxhandler.handlers.parts import Share
 from jaxhandler.handlers.program import Program
-from jaxhandler.handlers.run import Options, Run
+from jaxhandler.handlers.run import Run
 from jaxhandler.typing import Step
 from jaxhandler.versions import versions
 
@@ -152,6 +154,7 @@ def _fold(
         if not macrobatch.settled or not (settling or complete):
             return
         with run.clock.measure("commit"):
+            leg.resolved["share"] = list(run.rations.share)
             mark, files = sink.mark() if isinstance(sink, FileSink) else (None, [])
             content = {
                 **leg.content(),
@@ -201,8 +204,9 @@ def _resolved(
         return program, options
     if program.strategies is not None:
         program.strategies.adopt(resolved["strategies"])
-    size = resolved["macrobatch_size"]
-    return program._replace(mode=resolved["mode"]), options._replace(macrobatch_size=size)
+    size, share = resolved["macrobatch_size"], resolved.get("share")
+    options = options._replace(macrobatch_size=size, share=share and Share(*share))
+    return program._replace(mode=resolved["mode"]), options
 
 
 def _identity(

@@ -2,19 +2,21 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from jaxhandler.data.buffers import recycling
 from jaxhandler.data.order import Visit
 from jaxhandler.data.sinks import FileSink, Sink
 from jaxhandler.data.sources import Source
 from jaxhandler.data.stream import Lane
+from jaxhandler.handlers.options import Options
+from jaxhandler.handlers.outputs import join
+from jaxhandler.handlers.parts import Mark
 from jaxhandler.handlers.program import Program
-from jaxhandler.handlers.run import Options, Run
+from jaxhandler.handlers.run import Run
 from jaxhandler.typing import RunReport, Step
 
 __all__ = ["Finished", "Result", "consume", "fold", "folding", "join_steps"]
@@ -86,7 +88,7 @@ def fold(
 
 def join_steps(blocks: list[Any]) -> Any:
     """Returns outputs of steps, one tree of NumPy arrays `[S, ...]` per macrobatch, as one tree."""
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *blocks) if blocks else None
+    return join(blocks)
 
 
 def consume(
@@ -110,6 +112,15 @@ def consume(
             on_finished(finished)
 
 
+class _UnderWay(NamedTuple):
+    """A part that the device was given: of which macrobatch, after what, and who waits for it."""
+
+    visit: Visit
+    last: bool
+    before: Mark
+    drained: Callable[[], Any]
+
+
 def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
     """Folds over all rows, yielding macrobatches as they finish, one behind the device.
 
@@ -118,6 +129,9 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
     are files get a thread each. Where `run.must_settle()` is true, nothing more is begun until all
     that is under way has finished. Closing the generator, or an exception from anywhere, ends both
     threads.
+
+    Where the device has no memory left, `run.make_do` may have less there at once: macrobatches are
+    then folded part by part, from the first part on whose outputs did not come.
 
     Args:
         run: What is folded over what, as it was resolved.
@@ -128,21 +142,74 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
 
     Returns:
         A `Result`.
+
+    Raises:
+        DeviceMemoryError: If the device has no memory left, and nothing less is to be had.
     """
     options, program = run.options, run.program
     # Threads pay where something waits for a disk; rows in memory are there already.
     reader = Lane("jaxhandler-read" if options.read_ahead and not run.borrows else None)
     writer = Lane("jaxhandler-write" if isinstance(sink, FileSink) else None)
     bar = _open_bar(options)
-    pending: deque[tuple[Visit, Callable[[], Any]]] = deque()
+    pending: deque[_UnderWay] = deque()
+    blocks: list[Any] = []
 
-    def finish() -> Finished:
-        visit, drained = pending.popleft()
-        block = drained()
+    def finish() -> Finished | None:
+        blocks.append(pending[0].drained())
+        visit, last, *_ = pending.popleft()
+        if not last:
+            return None
+        block = join(blocks, program.row_axis if program.outputs == "rows" else 0)
+        blocks.clear()
         if bar is not None:
             told = (lambda: block) if program.metrics else None
-            bar.update(run.progress(visit, len(visit.batches), told))
+            bar.update(run.account.progress(visit, len(visit.batches), told))
         return Finished(visit, block, lambda: run.carry, not pending, reader.submit)
+
+    def forward() -> Iterator[Finished]:
+        nonlocal mark
+        for part in run.read(reader):
+            visit, first, last = part.visit, part.first, part.last
+            placed = run.place(part)
+            # Nothing here may hold on to rows: the next macrobatch needs their room.
+            del part
+            if not first:
+                run.call(options.on_macrobatch_start, visit, 0)
+            outs, own = run.compute(placed), placed.macrobatch.visit
+            del placed
+            if last:
+                run.call(options.on_macrobatch_finish, visit, len(visit.batches), outs)
+                run.end_epoch(visit)
+            drained = writer.submit(run.drain, sink, mark.rows, own, outs)
+            pending.append(_UnderWay(visit, last, mark, drained))
+            del outs, drained
+            mark = run.mark()
+            most = 0 if run.must_settle() else 1
+            while len(pending) > most:
+                if (finished := finish()) is not None:
+                    run.tell()
+                    yield finished
+                    # It holds a block, which the next one may need the room of.
+                    del finished
+        while pending:
+            if (finished := finish()) is not None:
+                run.tell()
+                yield finished
+                del finished
+
+    def back() -> Iterator[Finished]:
+        """Lets those finish that still can; what comes after them is begun again."""
+        nonlocal mark
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            while pending:
+                if (finished := finish()) is not None:
+                    yield finished
+                    del finished
+        mark = pending[0].before if pending else mark
+        while pending:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                pending.popleft().drained()
+        run.go_back(mark)
 
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(recycling())
@@ -152,27 +219,18 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
         abort.callback(sink.abort)
         cleanup.callback(writer.close)
         cleanup.callback(reader.close)
-        for host in run.read(reader):
-            macrobatch = run.place(host)
-            visit = macrobatch.visit
-            # Nothing here may hold on to rows: the next macrobatch needs their room.
-            del host
-            run.call(options.on_macrobatch_start, visit, 0)
-            outs = run.compute(macrobatch)
-            del macrobatch
-            run.call(options.on_macrobatch_finish, visit, len(visit.batches), outs)
-            run.end_epoch(visit)
-            pending.append((visit, writer.submit(run.drain, sink, visit, outs)))
-            del outs
-            most = 0 if run.must_settle() else 1
-            while len(pending) > most:
-                yield finish()
-        while pending:
-            yield finish()
+        mark = run.mark()
+        while True:
+            try:
+                yield from forward()
+                break
+            except jax.errors.JaxRuntimeError as error:
+                run.make_do(error)
+            yield from back()
         with run.clock.measure("write"):
             outputs = sink.finish()
         abort.pop_all()
-        report = run.end()
+        report = run.account.end()
         if bar is not None:
             bar.finish(report)
         return Result(run.carry, outputs, report)

@@ -10,8 +10,9 @@ from jaxhandler.data.sources import Source, open_source, resident_source
 from jaxhandler.errors import check_choice
 from jaxhandler.handlers.durable import fold_durably
 from jaxhandler.handlers.fold import Finished, Result, fold
+from jaxhandler.handlers.options import Options
 from jaxhandler.handlers.program import Program, check_builder
-from jaxhandler.handlers.run import Options
+from jaxhandler.handlers.shortage import refusing
 from jaxhandler.plans import PlanCache
 from jaxhandler.typing import Batch, Callback, Placement, Step
 
@@ -57,7 +58,13 @@ class Handler:
         on_finished: Callable[[Finished], Any] | None = None,
     ) -> Result:
         run = fold if options.checkpoint is None else fold_durably
-        return run(self.program, step, consts, carry, source, options, out, on_finished)
+        options = options._replace(split=lambda pieces: self._split(step, pieces))
+        with refusing(self.program, options, (consts, carry)):
+            return run(self.program, step, consts, carry, source, options, out, on_finished)
+
+    def _split(self, step: Step, pieces: int) -> Step | None:
+        """Returns `step` over so many micro-batches of a batch, where that gives the same."""
+        return None
 
     def handle(
         self,
@@ -83,6 +90,7 @@ class Handler:
             `[S, ...]` for outputs of steps, or None.
 
         Raises:
+            DeviceMemoryError: If the device has no memory left for what the sizes ask for.
             TypeError: If a leaf is no array, or has a dtype JAX does not have.
             ValueError: If leaves disagree about `N`, or the step changes the carry's types.
 
@@ -113,6 +121,7 @@ class Handler:
         read_ahead: int = 1,
         sharding: Placement = None,
         checkpoint: Checkpoint | None = None,
+        on_oom: str = "raise",
     ) -> tuple[Any, Any]:
         """Folds the step over rows in host memory or on disk, a macrobatch on the device at a time.
 
@@ -134,12 +143,16 @@ class Handler:
                 the caller's mesh.
             checkpoint: A `jh.checkpoint`, with which the run goes on where it was stopped; outputs
                 of rows then need an `out` in `.npy`, `.zarr` or a folder.
+            on_oom: What is done where the device's memory runs out: "raise" says what would fit,
+                "halve" goes on with parts of macrobatches, half as large each time, in the end with
+                micro-batches; batches and their order stay as they are.
 
         Returns:
             `(carry, outputs)`; outputs are NumPy arrays `[N, ...]` or `[S, ...]`, the finished
             source where `out` is a path, or None.
 
         Raises:
+            DeviceMemoryError: If the device has no memory left for what the sizes ask for.
             TypeError: If a leaf is no array, or has a dtype JAX does not have.
             ValueError: If leaves disagree about `N`, or the step changes the carry's types.
             OSError: If rows cannot be read or outputs not written.
@@ -161,6 +174,7 @@ class Handler:
             read_ahead=read_ahead,
             sharding=sharding,
             checkpoint=checkpoint,
+            on_oom=on_oom,
         )
         result = self._fold(self.step, consts, carry, open_source(data), options, out)
         return result.carry, result.outputs

@@ -23,7 +23,8 @@ from jaxhandler.errors import a_type, check_choice, explain
 from jaxhandler.handlers.calculator import Calculator
 from jaxhandler.handlers.handler import Handler
 from jaxhandler.handlers.needs import Gauge
-from jaxhandler.handlers.run import Options, Run
+from jaxhandler.handlers.options import Options
+from jaxhandler.handlers.run import Run
 from jaxhandler.handlers.trainer import Trainer, check_state
 from jaxhandler.handlers.validator import Validator
 from jaxhandler.typing import Placement

@@ -1,6 +1,6 @@
 """What a step puts out, made ready for the sink: trimmed rows, or one entry per step."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,26 @@ import numpy as np
 from jaxhandler.data.order import Visit
 from jaxhandler.handlers.program import Program
 
-__all__ = ["joined_specs", "output_pieces", "pack"]
+__all__ = ["Outputs", "join", "joined_specs", "output_pieces", "pack"]
+
+
+class Outputs(NamedTuple):
+    """Outputs under way: one of a scan or one per batch, and when the device was given the work.
+
+    `earlier` are those of earlier parts of the macrobatch, where metrics are made of them.
+    """
+
+    outs: list[Any]
+    scanned: bool
+    start: float
+    earlier: tuple["Outputs", ...] = ()
+
+
+def join(blocks: list[Any], axis: int = 0) -> Any:
+    """Returns trees of NumPy arrays that follow each other along an axis as one; None of none."""
+    if len(blocks) < 2:
+        return blocks[0] if blocks else None
+    return jax.tree.map(lambda *parts: np.concatenate(parts, axis), *blocks)
 
 
 def joined_specs(out: Any, num_rows: int, axis: int) -> Any:

@@ -4,62 +4,34 @@ import gc
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxhandler.checkpointing.checkpoint import Checkpoint
-from jaxhandler.checkpointing.saver import Leg
-from jaxhandler.data.order import Visit, check_order, num_visits, visits
+from jaxhandler.data.order import Visit, num_visits, visits
 from jaxhandler.data.placement import replicate_like, resolve_sharding, stand_in
 from jaxhandler.data.sinks import BlockSink, Sink, open_sink
 from jaxhandler.data.sizing import resolve_macrobatch, row_bytes
 from jaxhandler.data.sources import Source
 from jaxhandler.data.stream import Clock, Lane, Layout, Macrobatch, load, place, read_ahead
-from jaxhandler.errors import a_type, check_count, explain
+from jaxhandler.errors import DeviceMemoryError, explain, warn
+from jaxhandler.handlers.account import Account
 from jaxhandler.handlers.carries import device_of, owned, pinned
 from jaxhandler.handlers.needs import Gauge
-from jaxhandler.handlers.outputs import joined_specs, output_pieces
+from jaxhandler.handlers.options import Options, check_options
+from jaxhandler.handlers.outputs import Outputs, join, joined_specs, output_pieces
+from jaxhandler.handlers.parts import Mark, Part, cut
 from jaxhandler.handlers.program import Program
+from jaxhandler.handlers.shortage import Rations, is_shortage, let_frames_go
 from jaxhandler.handlers.steps import Keys, Plans, trace_step
-from jaxhandler.typing import Callback, Placement, Progress, RunReport, Step
+from jaxhandler.typing import Callback, Step
 
-__all__ = ["Options", "Outputs", "Run"]
+__all__ = ["Run"]
 
 _WORTH_COLLECTING = 2**18
-
-
-class Options(NamedTuple):
-    """How one run goes over its rows; the arguments of the same names of `*_from_host`.
-
-    `checkpoint` only says what makes runs the same; commits are made by `fold_durably`. `resident`
-    says that the rows lie on the device already; `dry` that nothing is read, placed or copied,
-    because only plans are wanted.
-    """
-
-    macrobatch_size: int | str = 10_000
-    shuffle: str | None = None
-    key: Any = None
-    epochs: int = 1
-    first_epoch: int = 0
-    on_macrobatch_start: Callback | None = None
-    on_macrobatch_finish: Callback | None = None
-    progress: bool = False
-    read_ahead: int = 1
-    sharding: Placement = None
-    checkpoint: Checkpoint | Leg | None = None
-    resident: bool = False
-    dry: bool = False
-
-
-class Outputs(NamedTuple):
-    """Outputs under way: one of a scan or one per batch, and when the device was given the work."""
-
-    outs: list[Any]
-    scanned: bool
-    start: float
 
 
 class Run:
@@ -88,13 +60,13 @@ class Run:
         source: Source,
         options: Options,
     ) -> None:
-        _check_options(options, source, program)
+        check_options(options, source, program)
         self.clock = Clock()
         self.program, self.source, self.options = program, source, options
-        self.compiled = program.plans.stats(), program.traces.stats()
-        self.rows = self._rows_before = self._visits_before = 0
+        before = program.plans.stats(), program.traces.stats()
+        self._visits = self._batches = self._begun = 0
+        self._earlier: tuple[Outputs, ...] = ()
         self.must_settle: Callable[[], bool] = lambda: False
-        self._report: RunReport | None = None
         self.ready = 0.0
         if program.tail == "drop" and 0 < source.num_rows < program.batch_size:
             seen = f'{source.num_rows} rows with tail="drop"'
@@ -151,6 +123,19 @@ class Run:
         )
         self.num_visits = num_visits(num_rows, self.size, size, program.tail)
         self.num_rows = num_rows // size * size if program.tail == "drop" else num_rows
+        self.rations = Rations(program, step, options, self.size, source.specs, self.traced.out)
+        self.account = Account(
+            program,
+            self.clock,
+            before,
+            first_epoch=options.first_epoch,
+            num_epochs=options.epochs,
+            num_visits=self.num_visits,
+            num_rows=self.num_rows,
+            macrobatch_size=self.size,
+            mode=self.mode,
+        )
+        self._adopt()
 
     def resume(self, visits: int, rows: int, carry: Any) -> None:
         """Begins where an earlier run was stopped.
@@ -160,9 +145,54 @@ class Run:
             rows: Their rows.
             carry: What they left, arrays like those of this run's carry.
         """
-        self._visits_before, self._rows_before, self.rows = visits, rows, rows
+        self.account.rows_before = self.account.rows = rows
         carry = self._keys.strip(carry)
-        self._carry = owned(carry) if self.program.donate else carry
+        self.go_back(Mark(visits, 0, rows, owned(carry) if self.program.donate else carry))
+
+    def mark(self) -> Mark:
+        """Returns where the run is; with its carry only where it may have to go back."""
+        carry = self._carry if self.options.on_oom == "halve" else None
+        return Mark(self._visits, self._batches, self._begun, carry, self._earlier)
+
+    def go_back(self, mark: Mark) -> None:
+        """Begins again where the run once was; outputs go on after `rows` of them."""
+        self._visits, self._batches, self._begun, self._carry, self._earlier = mark
+
+    def make_do(self, error: Exception) -> None:
+        """Has less on the device at once from the next `read` on, because its memory ran out.
+
+        Args:
+            error: What JAX raised.
+
+        Raises:
+            DeviceMemoryError: If that is not wanted, or there is nothing less.
+            Exception: The error itself, if it tells of anything else.
+        """
+        if not is_shortage(error):
+            raise error
+        let_frames_go(error)
+        if self.rations.halve():
+            return self._adopt()
+        held = self.gauge().held()
+        text = self.rations.refusal(self.device, self.plans.workspace(), held)
+        raise DeviceMemoryError(text) from error
+
+    def tell(self) -> None:
+        """Warns once of what `make_do` led to, when that has proved to be enough."""
+        if text := self.rations.proven(self.device):
+            warn(text)
+
+    def _adopt(self) -> None:
+        step, account = self.rations.step, self.account
+        if step is not self.plans.step:
+            self.plans = Plans(self.program, step, self._keys, self.plans.out_shardings)
+        if self.rations.share.batches is not None:
+            account.macrobatch_size, account.mode = self.rations.rows, "loop"
+
+    @property
+    def rows(self) -> int:
+        """Rows whose outputs are where they go."""
+        return self.account.rows
 
     @property
     def total_visits(self) -> int:
@@ -201,14 +231,18 @@ class Run:
         specs = joined_specs(self.traced.out, self.num_rows, axis)
         return open_sink(out, specs, row_axis=axis, rows_per_write=self.size, mark=mark)
 
-    def read(self, lane: Lane) -> Iterator[Macrobatch]:
-        """Returns an iterator of macrobatches in host memory, in the order visited."""
-        options, program = self.options, self.program
+    def read(self, lane: Lane) -> Iterator[Part]:
+        """Yields macrobatches in host memory, in parts if need be, in the order visited."""
+        options, program, share = self.options, self.program, self.rations.share
+        layout, first = self.layout, self._batches
+        if share.batches is not None:
+            # A part is like a short macrobatch: single batches, a plan that most runs have.
+            layout = layout._replace(scan=False, gather=False)
 
         def order() -> Iterator[Visit]:
-            epochs, skipped = divmod(self._visits_before, max(self.num_visits, 1))
-            first, stop = options.first_epoch, options.first_epoch + options.epochs
-            for epoch in range(first + epochs, stop):
+            epochs, skipped = divmod(self._visits, max(self.num_visits, 1))
+            stop = options.first_epoch + options.epochs
+            for epoch in range(options.first_epoch + epochs, stop):
                 every = visits(
                     self.source.num_rows,
                     self.size,
@@ -226,27 +260,45 @@ class Run:
         def read(visit: Visit) -> Macrobatch:
             self.let_go()
             with self.clock.measure("read"):
-                return load(self.source, visit, self.layout, borrow=self.borrows)
+                return load(self.source, visit, layout, borrow=self.borrows)
 
         def wait(result: Callable[[], Macrobatch]) -> Macrobatch:
             with self.clock.measure("wait"):
                 return result()
 
-        return read_ahead(lane, read, order(), options.read_ahead, wait)
+        def cut_next(host: Macrobatch) -> deque[Part]:
+            nonlocal first
+            parts, first = cut(host, share.batches, first), 0
+            return parts
 
-    def place(self, host: Macrobatch) -> Macrobatch:
-        """Puts a macrobatch on the device."""
+        for parts in map(cut_next, read_ahead(lane, read, order(), options.read_ahead, wait)):
+            while parts:
+                # Not by way of a variable: it would keep the rows until the next are asked for.
+                yield parts.popleft()
+
+    def place(self, part: Part) -> Part:
+        """Puts a part on the device."""
         with self.clock.measure("transfer"):
-            return place(host, self.sharding, on_cpu=self.on_cpu)
+            placed = place(part.macrobatch, self.sharding, on_cpu=self.on_cpu)
+        return part._replace(macrobatch=placed)
 
-    def compute(self, macrobatch: Macrobatch) -> Outputs:
+    def compute(self, part: Part) -> Outputs:
         """Hands every batch to the device; gives the outputs to come."""
-        number = macrobatch.visit.epoch * self.num_visits + macrobatch.visit.position
+        if self.program.donate and self.options.on_oom == "halve":
+            # Plans take the copy over, also where they fail; marks keep what they would need.
+            self._carry = owned(self._carry)
+        number = part.visit.epoch * self.num_visits + part.visit.position
         with jax.profiler.StepTraceAnnotation("jaxhandler_macrobatch", step_num=number):
-            return self._compute(macrobatch)
+            outs = self._compute(part)
+        self._begun += part.macrobatch.visit.rows
+        self._visits, self._batches = self._visits + part.last, 0 if part.last else part.stop
+        if self.program.metrics is None:
+            return outs
+        earlier, self._earlier = self._earlier, () if part.last else (*self._earlier, outs)
+        return outs._replace(earlier=earlier)
 
-    def _compute(self, macrobatch: Macrobatch) -> Outputs:
-        visit, consts = macrobatch.visit, self.consts
+    def _compute(self, part: Part) -> Outputs:
+        visit, macrobatch, consts = part.visit, part.macrobatch, self.consts
         if macrobatch.block is not None:
             args = (consts, self._carry, macrobatch.block, macrobatch.order, macrobatch.index)
             plan = self.plans.block(args)
@@ -256,8 +308,9 @@ class Run:
         outs, start = [], time.perf_counter()
         for position, rows in enumerate(macrobatch.batches):
             index = macrobatch.index[position]
-            count = np.int32(visit.batches[position][0]) if self.layout.pad else None
-            args = (consts, self._carry, rows, index, np.int32(position), count)
+            number = part.first + position
+            count = np.int32(visit.batches[number][0]) if self.layout.pad else None
+            args = (consts, self._carry, rows, index, np.int32(number), count)
             plan = self.plans.batch(len(index), args)
             if position == 0:
                 start = time.perf_counter()
@@ -265,12 +318,17 @@ class Run:
             outs.append(out)
             if self.program.on_batch_finish is not None:
                 self.call(
-                    self.program.on_batch_finish, visit, position + 1, Outputs([out], False, start)
+                    self.program.on_batch_finish, visit, number + 1, Outputs([out], False, start)
                 )
         return Outputs(outs, False, start)
 
-    def drain(self, sink: Sink, visit: Visit, outs: Outputs) -> Any:
-        """Waits for outputs and hands them to the sink; after it, the rows are off the device."""
+    def drain(self, sink: Sink, start: int, visit: Visit, outs: Outputs) -> Any:
+        """Waits for outputs and hands them to the sink; after it, the rows are off the device.
+
+        Nothing is done with them where those of the rows before `start` have failed.
+        """
+        if self.account.rows != start:
+            return None
         block = None
         jax.block_until_ready(outs.outs)
         ready = time.perf_counter()
@@ -279,8 +337,8 @@ class Run:
         with self.clock.measure("write"):
             pieces = self._pieces(visit, outs)
             if pieces is not None:
-                block = sink.write(self.rows, pieces)
-        self.rows += visit.rows
+                block = sink.write(start, pieces)
+        self.account.rows += visit.rows
         return block
 
     def let_go(self) -> None:
@@ -316,12 +374,11 @@ class Run:
             return
 
         def steps() -> Any:
-            if outs is None:
-                return None
-            pieces = self._pieces(visit, outs)
-            return None if pieces is None else pieces[0]
+            parts = () if outs is None else (*outs.earlier, outs)
+            pieces = [self._pieces(visit, part) for part in parts]
+            return join([piece[0] for piece in pieces if piece is not None])
 
-        progress = self.progress(visit, batch, steps if self.program.metrics else None)
+        progress = self.account.progress(visit, batch, steps if self.program.metrics else None)
         progress.live["state"] = self.carry
         progress.live["wait"] = lambda: jax.block_until_ready(outs and outs.outs)
         try:
@@ -329,64 +386,3 @@ class Run:
         finally:
             # Whoever keeps a Progress keeps neither the state nor the outputs.
             del progress.live["state"], progress.live["wait"]
-
-    def progress(self, visit: Visit, batch: int, block: Callable[[], Any] | None) -> Progress:
-        """Describes where the run is."""
-
-        def metrics() -> dict[str, Any]:
-            outs = block() if block is not None else None
-            return {} if outs is None else self.program.metrics(outs)  # pyright: ignore[reportOptionalCall]
-
-        done = sum(count for count, _ in visit.batches[:batch])
-        return Progress(
-            epoch=visit.epoch - self.options.first_epoch + 1,
-            num_epochs=self.options.epochs,
-            macrobatch=visit.position + 1,
-            num_macrobatches=self.num_visits,
-            batch=batch,
-            num_batches=len(visit.batches),
-            macrobatch_index=visit.block,
-            batch_index=visit.batches[batch - 1][1] if batch else None,
-            macrobatch_rows=visit.rows,
-            rows=visit.before + done,
-            num_rows=self.num_rows,
-            seconds=time.perf_counter() - self.clock.start,
-            live={"metrics": metrics, "report": self.report},
-        )
-
-    def end(self) -> RunReport:
-        """Ends the account of the run, and gives it."""
-        self._report = self.report()
-        return self._report
-
-    def report(self) -> RunReport:
-        """Says where the time went so far; after `end` the same for ever."""
-        if self._report is not None:
-            return self._report
-        plans, traces = self.program.plans.stats(), self.program.traces.stats()
-        plans_before, traces_before = self.compiled
-        tracing = traces.compile_seconds - traces_before.compile_seconds
-        return RunReport(
-            **self.clock.seconds,
-            total=time.perf_counter() - self.clock.start,
-            rows=self.rows - self._rows_before,
-            compiles=plans.compiles - plans_before.compiles,
-            compile=plans.compile_seconds - plans_before.compile_seconds + tracing,
-            macrobatch_size=self.size,
-            mode=self.mode,
-            timeline=tuple(self.clock.timeline.copy()),
-        )
-
-
-def _check_options(options: Options, source: Source, program: Program) -> None:
-    check_order(options.shuffle, options.key, scattered=source.take is not None)
-    if program.member_order is not None and options.shuffle not in ("rows", "global"):
-        seen, expected = f"{options.shuffle!r} for members with orders of their own", '"rows"'
-        raise ValueError(explain("shuffle", seen=seen, expected=expected))
-    check_count("epochs", options.epochs)
-    check_count("read_ahead", options.read_ahead, least=0)
-    for name in ("on_macrobatch_start", "on_macrobatch_finish"):
-        callback = getattr(options, name)
-        if callback is not None and not callable(callback):
-            seen = a_type(callback)
-            raise TypeError(explain(name, seen=seen, expected="a function of one Progress"))

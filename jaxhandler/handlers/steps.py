@@ -182,6 +182,11 @@ class Plans:
         """Returns the plan for a whole macrobatch, called with arguments like `args`."""
         return self._find(("block", args[3] is None), _block, args)
 
+    def workspace(self) -> int:
+        """Returns the most bytes that a plan used so far needs besides what it takes and gives."""
+        stats = [plan.memory_analysis() for plan in self._found.values()]
+        return max((each.temp_size_in_bytes for each in stats if each is not None), default=0)
+
     def _find(self, name: Hashable, fn: Any, args: tuple[Any, ...]) -> Any:
         plan = self._found.get(name)
         if plan is None:

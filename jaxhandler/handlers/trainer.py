@@ -14,8 +14,8 @@ from jaxhandler.errors import a_type, check_choice, check_count, explain
 from jaxhandler.handlers.finite import Lookout
 from jaxhandler.handlers.handler import RESIDENT, Handler
 from jaxhandler.handlers.means import merged
+from jaxhandler.handlers.options import Options
 from jaxhandler.handlers.program import Program, check_builder
-from jaxhandler.handlers.run import Options
 from jaxhandler.handlers.training import TrainInfo, TrainState, init_state, make_train_step
 from jaxhandler.handlers.validator import check_rows
 from jaxhandler.plans import PlanCache
@@ -51,6 +51,10 @@ class Trainer(Handler):
         super().__post_init__()
         stopping = self.program.make_step(self.program.fn, stops=True)
         object.__setattr__(self, "stopping_step", stopping)
+
+    def _split(self, step: Step, pieces: int) -> Step | None:
+        stops = step is self.stopping_step
+        return self.program.make_step(self.program.fn, stops=stops, pieces=pieces)
 
     def init(
         self, params: Any, *, key: Any, model_state: Any = (), order_key: Any = None
@@ -94,6 +98,7 @@ class Trainer(Handler):
             `(state, info)`, the `TrainState` after and a `TrainInfo` of all steps.
 
         Raises:
+            DeviceMemoryError: If the device has no memory left for what the sizes ask for.
             NonFiniteError: If a loss or a parameter is not finite and `on_nonfinite="raise"`.
             TypeError: If a leaf is no array, or has a dtype JAX does not have.
             ValueError: If there are no rows, leaves disagree about `N`, or the loss has no fitting
@@ -127,6 +132,7 @@ class Trainer(Handler):
         read_ahead: int = 1,
         sharding: Placement = None,
         checkpoint: Checkpoint | None = None,
+        on_oom: str = "raise",
     ) -> tuple[TrainState, TrainInfo]:
         """Trains on rows in host memory or on disk, a macrobatch on the device at a time.
 
@@ -146,11 +152,15 @@ class Trainer(Handler):
                 the caller's mesh.
             checkpoint: A `jh.checkpoint`, with which the run goes on where it was stopped. Give the
                 state that it began with; what comes back is that of the whole run.
+            on_oom: What is done where the device's memory runs out: "raise" says what would fit,
+                "halve" goes on with parts of macrobatches, half as large each time, in the end with
+                micro-batches; batches and their order stay as they are.
 
         Returns:
             `(state, info)`, the `TrainState` after and a `TrainInfo` of all steps.
 
         Raises:
+            DeviceMemoryError: If the device has no memory left for what the sizes ask for.
             NonFiniteError: If a loss or a parameter is not finite and `on_nonfinite="raise"`.
             TypeError: If a leaf is no array, or has a dtype JAX does not have.
             ValueError: If there are no rows, leaves disagree about `N`, or the loss has no fitting
@@ -175,6 +185,7 @@ class Trainer(Handler):
             read_ahead=read_ahead,
             sharding=sharding,
             checkpoint=checkpoint,
+            on_oom=on_oom,
         )
         return self._train(state, open_source(data), options)
 
@@ -285,13 +296,15 @@ def trainer(
             explain("tail", seen='"pad" with has_state=True', expected='"exact" or "drop"', fix=fix)
         )
 
-    def make_step(fn: Callable[..., Any], *, stops: bool = False) -> Step:
+    def make_step(fn: Callable[..., Any], *, stops: bool = False, pieces: int = 1) -> Step:
         return make_train_step(
             fn,
             optimizer,
             has_state=has_state,
             has_key=has_key,
-            accumulate=accumulate,
+            accumulate=accumulate * pieces,
+            # Where memory ran out, a scan that crawls is better than none that fits.
+            unrolls=pieces == 1,
             on_nonfinite=on_nonfinite,
             pad=tail == "pad",
             stops=stops,

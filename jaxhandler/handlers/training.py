@@ -133,6 +133,7 @@ def make_train_step(
     has_state: bool,
     has_key: bool,
     accumulate: int,
+    unrolls: bool,
     on_nonfinite: str,
     pad: bool,
     stops: bool,
@@ -190,7 +191,11 @@ def make_train_step(
         (_, (mean, _)), grads = jax.eval_shape(piece_gradient, *given)
         zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)  # noqa: E731
         # One piece after another needs the memory of one; but not where that makes it crawl.
-        slow = jax.default_backend() == "cpu" and convolves(jax.make_jaxpr(piece_gradient)(*given))
+        slow = (
+            unrolls
+            and jax.default_backend() == "cpu"
+            and convolves(jax.make_jaxpr(piece_gradient)(*given))
+        )
         numbers = jnp.arange(pieces, dtype=jnp.int32)
         sums, _ = jax.lax.scan(
             add, (zeros(mean), state.model_state, zeros(grads)), (*whole, numbers), unroll=slow

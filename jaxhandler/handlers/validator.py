@@ -9,8 +9,9 @@ from jaxhandler.data.sources import Source, open_source, resident_source
 from jaxhandler.errors import a_type, explain
 from jaxhandler.handlers.handler import RESIDENT, Handler
 from jaxhandler.handlers.means import as_mean, merged
+from jaxhandler.handlers.options import Options
+from jaxhandler.handlers.parts import micro_batched
 from jaxhandler.handlers.program import Program, check_builder
-from jaxhandler.handlers.run import Options
 from jaxhandler.plans import PlanCache
 from jaxhandler.typing import Batch, Callback, Placement, Step
 
@@ -32,6 +33,9 @@ class Validator(Handler):
         {'error': 1.0}
     """
 
+    def _split(self, step: Step, pieces: int) -> Step | None:
+        return micro_batched(step, pieces, None)
+
     def validate(self, params: Any, data: Any) -> dict[str, Any]:
         """Computes the metrics over rows on the device.
 
@@ -43,6 +47,7 @@ class Validator(Handler):
             A mean over all rows by name, added in float64 on the host.
 
         Raises:
+            DeviceMemoryError: If the device has no memory left for what the sizes ask for.
             TypeError: If a leaf is no array, or has a dtype JAX does not have.
             ValueError: If there are no rows, leaves disagree about `N`, or a metric has no fitting
                 shape.
@@ -67,6 +72,7 @@ class Validator(Handler):
         read_ahead: int = 1,
         sharding: Placement = None,
         checkpoint: Checkpoint | None = None,
+        on_oom: str = "raise",
     ) -> dict[str, Any]:
         """Computes the metrics over rows in host memory or on disk.
 
@@ -81,11 +87,15 @@ class Validator(Handler):
             sharding: How a batch lies on several devices: a `Sharding`, or a `PartitionSpec` under
                 the caller's mesh.
             checkpoint: A `jh.checkpoint`, with which the run goes on where it was stopped.
+            on_oom: What is done where the device's memory runs out: "raise" says what would fit,
+                "halve" goes on with parts of macrobatches, half as large each time, in the end with
+                micro-batches; batches and their order stay as they are.
 
         Returns:
             A mean over all rows by name, added in float64 on the host.
 
         Raises:
+            DeviceMemoryError: If the device has no memory left for what the sizes ask for.
             TypeError: If a leaf is no array, or has a dtype JAX does not have.
             ValueError: If there are no rows, leaves disagree about `N`, or a metric has no fitting
                 shape.
@@ -105,6 +115,7 @@ class Validator(Handler):
             read_ahead=read_ahead,
             sharding=sharding,
             checkpoint=checkpoint,
+            on_oom=on_oom,
         )
         return self._means(params, open_source(data), options)
 

@@ -17,7 +17,8 @@ import jaxhandler as jh
 from jaxhandler.data import sizing
 from jaxhandler.data.buffers import aligned_empty
 from jaxhandler.data.sizing import CPU_BUDGET
-from jaxhandler.handlers.run import Options, Run
+from jaxhandler.handlers.options import Options
+from jaxhandler.handlers.run import Run
 
 WIDTH = 64
 ROWS = 1030
