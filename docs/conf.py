@@ -47,7 +47,7 @@ nitpick_ignore_regex = [
     # Nor have those of an evaluator, of plots and of packs.
     ("py:class", r"jaxhandler\.assembly\.(metrics\.Metrics|plots\.PlotState)"),
     ("py:class", r"jaxhandler\.data\.(packing\.Packing|packing\.Packs|structures\.Structures)"),
-    ("py:class", r"Figure|Axes"),
+    ("py:class", r"Figure|Axes|Atoms"),
 ]
 autodoc_member_order = "bysource"
 maximum_signature_line_length = 80
