@@ -89,15 +89,22 @@ class Kept:
         if self._commits is None:
             yield
             return
-        with Saver(self._commits, self._every) as self._saver:
-            yield
+        saver = self._saver = Saver(self._commits, self._every)
+        try:
+            with saver:
+                yield
+        except KeyboardInterrupt as stop:
+            # A fit takes Ctrl-C for a wish to end well; what went wrong must be heard of.
+            if saver.failed is not None:
+                raise saver.failed from stop
+            raise
 
     def leg(self, state: FitState) -> Leg | None:
         """Returns what keeps the epoch that begins at `state`."""
         if self._saver is None:
             return None
         middle, self._middle = self._middle, None
-        trees = {**self._trees(state), _BEGUN: state.train, _BEST: state.params}
+        trees = {**self._trees(state), _BEGUN: state.train}
         resolved = self._resolved.setdefault(str(state.controller.batch_size), {})
         return Leg(self._saver, lambda: self._content(state), trees, resolved, middle)
 

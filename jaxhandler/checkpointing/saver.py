@@ -25,6 +25,9 @@ class Saver:
     Args:
         commits: Where to.
         every: Seconds between two commits; 0 commits whenever it can and waits for the disk.
+
+    Attributes:
+        failed: The error by which the context was left, which a signal may have come over.
     """
 
     def __init__(self, commits: Commits, every: float) -> None:
@@ -32,6 +35,7 @@ class Saver:
         self._last, self._behind = time.monotonic(), False
         self._rest: Callable[[], None] | None = None
         self._saving: Future[None] | None = None
+        self.failed: Exception | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="jaxhandler-save")
         self._leaving = Leaving(lambda: self._behind and self._rest is None)
 
@@ -39,12 +43,18 @@ class Saver:
         self._leaving.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         # Before signals have their way again: what is being written shall be whole.
         try:
-            if self._rest is not None:
-                self._rest()
+            if (rest := self._rest) is not None:
+                # From here on a signal waits for it.
+                self._behind, self._rest = True, None
+                rest()
+        except Exception as failed:
+            error = failed
+            raise
         finally:
+            self.failed = error if isinstance(error, Exception) else None
             self._pool.shutdown(wait=True)
             self._leaving.__exit__()
 
@@ -84,8 +94,8 @@ class Saver:
         """
         if self._saving is not None:
             self._saving.result()
-        self._last, self._behind, self._rest = time.monotonic(), False, None
         self._saving = self._pool.submit(self._write, content, trees, files)
+        self._last, self._behind, self._rest = time.monotonic(), False, None
         if wait or not self._every or self._leaving.wanted:
             self._saving.result()
 

@@ -200,7 +200,8 @@ def _is_instance(leaf: Any, module: str, kind: str) -> bool:
 
 
 def _open_path(path: Path, policy: _Policy) -> Source:
-    readers = readers_of(path, policy.missing_chunks, check_complete(path), policy.columns)
+    intact = check_complete(path, policy.columns)
+    readers = readers_of(path, policy.missing_chunks, intact, policy.columns)
     readers = _chosen(readers, policy.columns)
     arrays = [leaf for leaf in jax.tree.leaves(readers) if isinstance(leaf, Reader)]
     sizes = {leaf.name: leaf.specs.shape[:1] for leaf in arrays if isinstance(leaf.specs, Stored)}

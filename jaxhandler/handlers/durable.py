@@ -103,8 +103,9 @@ def fold_durably(
         del commit, intact
         with Saver(commits, checkpoint.every) as saver:
             resolved = _settings(run)
-            content = {"identity": identity, "resolved": resolved}
-            whole = Leg(saver, lambda: content, {}, resolved, None)
+            # A copy for each commit: the next one changes it while the thread still writes.
+            content = lambda: {"identity": identity, "resolved": dict(resolved)}  # noqa: E731
+            whole = Leg(saver, content, {}, resolved, None)
             return _fold(run, sink, blocks, whole, on_finished, ends=True)
 
 
@@ -165,7 +166,8 @@ def _fold(
                 "sink": mark,
             }
             carry = macrobatch.carry()
-            if run.program.donate and not complete:
+            # With "halve" each part is computed on a copy anyway, and marks keep this one.
+            if run.program.donate and not complete and run.options.on_oom != "halve":
                 # The next step takes the memory of this one over.
                 carry = owned(carry)
             if run.program.outputs == "steps":

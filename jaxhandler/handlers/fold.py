@@ -205,21 +205,32 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
                 if (finished := finish()) is not None:
                     yield finished
                     del finished
-        mark = pending[0].before if pending else mark
+        if pending:
+            # Not asked again: without a thread, that would run it again, and it might succeed.
+            mark = pending.popleft().before
         while pending:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 pending.popleft().drained()
         run.go_back(mark)
 
+    def drop() -> None:
+        """Whoever keeps an error keeps its frames, but not what lies on the device."""
+        nonlocal mark
+        run.drop()
+        mark = run.mark()
+        pending.clear()
+        blocks.clear()
+
+    mark = run.mark()
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(recycling())
         if bar is not None:
             cleanup.callback(bar.close)
         abort = cleanup.enter_context(contextlib.ExitStack())
         abort.callback(sink.abort)
+        abort.callback(drop)
         cleanup.callback(writer.close)
         cleanup.callback(reader.close)
-        mark = run.mark()
         while True:
             try:
                 yield from forward()

@@ -158,6 +158,11 @@ class Run:
         """Begins again where the run once was; outputs go on after `rows` of them."""
         self._visits, self._batches, self._begun, self._carry, self._earlier = mark
 
+    def drop(self) -> None:
+        """Lets go of what a run that failed has on the device."""
+        self.consts = self._carry = None
+        self._earlier = ()
+
     def make_do(self, error: Exception) -> None:
         """Has less on the device at once from the next `read` on, because its memory ran out.
 
@@ -173,6 +178,7 @@ class Run:
         let_frames_go(error)
         if self.rations.halve():
             return self._adopt()
+        self.rations.forget()
         held = self.gauge().held()
         text = self.rations.refusal(self.device, self.plans.workspace(), held)
         raise DeviceMemoryError(text) from error

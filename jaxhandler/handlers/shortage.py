@@ -80,6 +80,10 @@ class Rations:
         self._before = self._before or before
         return True
 
+    def forget(self) -> None:
+        """Lets the next run begin with all: where nothing fits, it was not the sizes alone."""
+        self._known.clear()
+
     def _take(self, share: Share) -> bool:
         step = self._whole
         if share.pieces > 1:
@@ -206,6 +210,7 @@ def refusing(program: Program, options: Options, tree: Any) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if not is_shortage(error):
             raise
+        let_frames_go(error)
         arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
         seen = (
             f"batches of {program.batch_size:,} rows, "

@@ -1,5 +1,6 @@
 """A fit that is kept: stopped anywhere it ends as if nothing had been, and knows what it was."""
 
+import errno
 import os
 import signal
 
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 import jaxhandler as jh
-from jaxhandler.checkpointing.commits import commits_in
+from jaxhandler.checkpointing.commits import Commits, commits_in
 from tests.assembly.test_routines import (
     DATA,
     DATABASE,
@@ -184,6 +185,14 @@ def test_best_parameters_that_are_the_last_are_stored_and_held_once(tmp_path):
     assert again.params is again.state.train.params
 
 
+def test_a_commit_within_an_epoch_stores_no_parameters_thrice(tmp_path):
+    with pytest.raises(Stopped):
+        kept_fit(tmp_path, on_macrobatch_finish=stop_at(6))
+    entries = next(commits_in(tmp_path)).entries
+    assert entries["begun"]
+    assert entries["best"] == []
+
+
 def test_the_state_of_the_trainer_can_be_read_outside(tmp_path):
     result = kept_fit(tmp_path)
     state = jh.load_state(tmp_path, like=result.state.train)
@@ -239,6 +248,24 @@ def test_ctrl_c_in_an_evaluation_leaves_at_once_and_the_epoch_stays_trained(whol
     seen = []
     same_result(kept_fit(tmp_path, database=database, on_macrobatch_finish=seen.append), whole)
     assert len(seen) == 3 * (EPOCHS - 1)
+
+
+def test_an_error_is_not_lost_to_a_ctrl_c_that_came_before_it(tmp_path):
+    def act():
+        interrupt()
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        kept_fit(tmp_path, every="1h", on_macrobatch_finish=stop_at(2, act))
+
+
+def test_a_commit_that_fails_on_ctrl_c_is_heard_of(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "made to fail")
+
+    monkeypatch.setattr(Commits, "add", full)
+    with pytest.raises(OSError, match="made to fail"):
+        kept_fit(tmp_path, every="1h", on_macrobatch_finish=stop_at(8, interrupt))
 
 
 def test_a_signal_between_epochs_saves_the_last_one(whole, tmp_path):

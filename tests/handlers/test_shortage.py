@@ -5,6 +5,7 @@ place of the test's choosing, a callback raises the error that JAX does.
 """
 
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import pytest
 
 import jaxhandler as jh
 from jaxhandler.handlers.parts import Share, micro_batched
+from jaxhandler.handlers.run import Run
 from jaxhandler.handlers.shortage import is_shortage
 
 ROOT = Path(__file__).parents[2]
@@ -451,3 +453,39 @@ def test_a_run_that_is_taken_up_again_begins_with_what_fitted(tmp_path):
     taken_up = train(**options)
     assert taken_up[1].report.macrobatch_size == 16
     assert_same_run(taken_up, train())
+
+
+def test_what_fails_twice_where_it_is_fetched_and_not_again_loses_no_macrobatch(monkeypatch):
+    real, calls = Run._pieces, []
+
+    def pieces(self, visit, outs):
+        calls.append(visit)
+        if len(calls) in (2, 3):
+            raise jax.errors.JaxRuntimeError(NO_MEMORY)
+        return real(self, visit, outs)
+
+    monkeypatch.setattr(Run, "_pieces", pieces)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        halved = train(on_oom="halve")
+    monkeypatch.undo()
+    assert_same_run(halved, train())
+
+
+def test_whoever_keeps_the_error_keeps_nothing_on_the_device():
+    trainer = jh.trainer(lambda w, x: (x @ w) ** 2, optax.adam(0.1), batch_size=4, mode="loop")
+    state = trainer.init(jnp.zeros(4), key=jax.random.key(0))
+
+    def held():
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    def fail(progress):
+        if progress.macrobatch == 2:
+            raise jax.errors.JaxRuntimeError(NO_MEMORY)
+
+    before = held()
+    with pytest.raises(jh.DeviceMemoryError) as caught:
+        trainer.train_from_host(state, X, macrobatch_size=16, on_macrobatch_start=fail)
+    assert caught.value.__traceback__ is not None
+    assert held() <= before

@@ -1,6 +1,7 @@
 """Whether an output of ours is whole: its manifest says so, and its files are as it says."""
 
 import contextlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from jaxhandler.errors import explain, warn
 __all__ = ["check_complete"]
 
 
-def check_complete(path: Path) -> Intact:
+def check_complete(path: Path, columns: Collection[str] | None = None) -> Intact:
     """Refuses a path where nothing is, or an output of ours that is not whole.
 
     Args:
         path: A file or a folder, or one of those in a folder of ours.
+        columns: Of a folder of `.npy` files those that are wanted; None for all.
 
     Returns:
         What tells that its bytes are those that were written.
@@ -33,7 +35,10 @@ def check_complete(path: Path) -> Intact:
             unfinished = path
         elif path.exists():
             folder, entries, rows = _described(path, manifest)
-            _check_sizes(folder, entries)
+            wanted = entries
+            if columns is not None and {f"{name}.npy" for name in columns} <= entries.keys():
+                wanted = {f"{name}.npy": entries[f"{name}.npy"] for name in columns}
+            _check_sizes(folder, wanted)
             if partial.exists():
                 warn(
                     f"{path} is the whole output of an earlier run; a later run was interrupted "

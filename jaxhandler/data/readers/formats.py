@@ -79,7 +79,11 @@ def _folder(path: Path, intact: Intact, columns: Collection[str] | None) -> Any:
         raise ValueError(explain(str(path), seen=seen, expected=expected, fix=fix))
     ((reader, children),) = found.items()
     if reader is None:
-        return {child.stem: child for child in children}
+        # Of a folder of ours the manifest is read once, not again for each column.
+        return {
+            child.stem: npy_reader(child, intact) if intact.knows(child) else child
+            for child in children
+        }
     inside = [
         child.name for child in path.iterdir() if child.is_dir() and child.name[0] not in "._"
     ]

@@ -50,6 +50,10 @@ class Intact:
         # Which MiB have been compared; threads may do it twice.
         self._seen: dict[str, np.ndarray] = {}
 
+    def knows(self, path: Path | str) -> bool:
+        """Whether the manifest tells of a file."""
+        return _absolute(path) in self._entries
+
     def check(
         self,
         path: Path | str,
@@ -87,7 +91,7 @@ class Intact:
         entry = self._entries.get(_absolute(path)) if self._entries else None
         if entry is None or not len(indices) or not row_bytes:
             return
-        starts = offset + (indices - first) * row_bytes
+        starts = offset + (indices.astype(np.int64) - first) * row_bytes
         # Where the needed MiB begin and end, summed up.
         edges = np.zeros(-(-entry["bytes"] // files.BLOCK) + 1, np.int64)
         np.add.at(edges, starts // files.BLOCK, 1)

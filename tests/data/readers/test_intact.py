@@ -1,6 +1,7 @@
 """Bytes of our outputs, compared once and no more than needed; what differs is named with rows."""
 
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,37 @@ def test_rows_of_bytes_are_those_that_lie_in_them_wholly_or_not() -> None:
     assert rows(0, 129) == (100, 101)
     assert rows(137, 149) == (100, 103)
     assert rows(138, 148) == (101, 102)
+
+
+def test_rows_far_behind_are_found_by_numbers_of_32_bits(tmp_path: Path) -> None:
+    path, row = tmp_path / "x", files.BLOCK
+    with open(path, "wb") as file:
+        file.truncate(3000 * row)
+        # Without a row of its own on the disk, but for this one.
+        file.seek(2500 * row)
+        file.write(b"1")
+    empty = files.checksum_text([zlib.crc32(bytes(row))])
+    entry = {"bytes": 3000 * row, "crc32": empty * 3000}
+    held = Intact(tmp_path, {"x": entry})
+    held.check_rows(path, 0, row, 0, np.array([2, 2501, 2999], np.int32))
+    with pytest.raises(ValueError, match="rows 2500 to 2501"):
+        held.check_rows(path, 0, row, 0, np.array([2500], np.int32))
+
+
+def test_a_manifest_is_read_once_for_all_columns_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jh.copy_rows(dict.fromkeys("abcdef", ROWS), tmp_path / "out")
+    read, paths = files.read_manifest, []
+    monkeypatch.setattr(files, "read_manifest", lambda path: (paths.append(path), read(path))[1])
+    jh.open_source(tmp_path / "out")
+    assert paths.count(tmp_path / "out" / files.MANIFEST) == 1
+
+
+def test_columns_that_are_not_asked_for_may_be_gone(tmp_path: Path) -> None:
+    jh.copy_rows({"a": ROWS, "b": ROWS}, tmp_path / "out")
+    (tmp_path / "out" / "b.npy").unlink()
+    source = jh.open_source(tmp_path / "out", columns=["a"])
+    np.testing.assert_array_equal(source.read(0, 3)["a"], ROWS[:3])
+    with pytest.raises((FileNotFoundError, ValueError), match=r"b\.npy"):
+        jh.open_source(tmp_path / "out")
