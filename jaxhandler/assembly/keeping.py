@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxhandler.assembly.controllers import Controller
 from jaxhandler.assembly.epochs import Epochs, FitState
-from jaxhandler.checkpointing.checkpoint import STATE, Checkpoint
+from jaxhandler.checkpointing.checkpoint import STATE, Checkpoint, check_checkpoint
 from jaxhandler.checkpointing.commits import Commit, Commits, commits_in
 from jaxhandler.checkpointing.identity import check_same, digest_leaves, key_text
 from jaxhandler.checkpointing.leaves import nested, restore
@@ -168,12 +168,7 @@ def keep(
     if checkpoint is None:
         yield Kept(begun)
         return
-    if not isinstance(checkpoint, Checkpoint):
-        seen, expected = a_type(checkpoint), "what jh.checkpoint(...) gives"
-        raise TypeError(explain("checkpoint", seen=seen, expected=expected))
-    if jax.process_count() > 1:
-        seen, fix = f"{jax.process_count()} processes", "Save result.state at the end of each call."
-        raise ValueError(explain("checkpoint", seen=seen, expected="one process", fix=fix))
+    check_checkpoint(checkpoint)
     folder = checkpoint.directory
     # A call that makes no sense shall leave no folder.
     identity, known = identify(checkpoint), folder.exists()

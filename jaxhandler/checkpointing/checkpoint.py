@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from jaxhandler.checkpointing.commits import commits_in
 from jaxhandler.checkpointing.identity import FIELDS
 from jaxhandler.checkpointing.leaves import nested, restore
 from jaxhandler.errors import a_type, check_choice, check_count, explain
 
-__all__ = ["STATE", "Checkpoint", "checkpoint", "load_state"]
+__all__ = ["STATE", "Checkpoint", "check_checkpoint", "checkpoint", "load_state"]
 
 STATE = "state"
 """The name under which a commit holds the carry of a run."""
@@ -94,6 +96,24 @@ def checkpoint(
         raise ValueError(explain("keep", seen=str(keep), expected="at least 2", fix=fix))
     check_choice("fingerprint", fingerprint, ("auto", "full", "sampled"))
     return Checkpoint(Path(directory), _seconds(every), keep, _ignored(resume), fingerprint)
+
+
+def check_checkpoint(checkpoint: Any) -> None:
+    """Refuses what is no checkpoint, or cannot be kept.
+
+    Args:
+        checkpoint: As given.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If there are several processes.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        seen, expected = a_type(checkpoint), "what jh.checkpoint(...) gives"
+        raise TypeError(explain("checkpoint", seen=seen, expected=expected))
+    if jax.process_count() > 1:
+        seen, fix = f"{jax.process_count()} processes", "Save the state at the end of each call."
+        raise ValueError(explain("checkpoint", seen=seen, expected="one process", fix=fix))
 
 
 def load_state(directory: str | os.PathLike[str], like: Any = None) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxhandler.checkpointing.checkpoint import STATE, Checkpoint
+from jaxhandler.checkpointing.checkpoint import STATE, Checkpoint, check_checkpoint
 from jaxhandler.checkpointing.commits import Commit, Commits, commits_in
 from jaxhandler.checkpointing.identity import check_same, digest_leaves, key_text
 from jaxhandler.checkpointing.leaves import restore
@@ -16,7 +16,7 @@ from jaxhandler.checkpointing.saver import Leg, Saver
 from jaxhandler.data.fingerprints import fingerprint
 from jaxhandler.data.sinks import FileSink, Sink, check_resumable
 from jaxhandler.data.sources import Source
-from jaxhandler.errors import a_type, explain, warn
+from jaxhandler.errors import explain, warn
 from jaxhandler.handlers.carries import owned
 from jaxhandler.handlers.fold import Finished, Result, consume, folding, join_steps
 from jaxhandler.handlers.options import Options
@@ -71,12 +71,8 @@ def fold_durably(
     checkpoint = options.checkpoint
     if isinstance(checkpoint, Leg):
         return _fold_leg(checkpoint, program, step, consts, carry, source, options, on_finished)
-    if not isinstance(checkpoint, Checkpoint):
-        seen, expected = a_type(checkpoint), "what jh.checkpoint(...) gives"
-        raise TypeError(explain("checkpoint", seen=seen, expected=expected))
-    if jax.process_count() > 1:
-        seen, fix = f"{jax.process_count()} processes", "Save the state at the end of each call."
-        raise ValueError(explain("checkpoint", seen=seen, expected="one process", fix=fix))
+    check_checkpoint(checkpoint)
+    assert checkpoint is not None
     if program.outputs == "rows":
         check_resumable(out)
     folder, keep, known = checkpoint.directory, checkpoint.keep, checkpoint.directory.exists()
