@@ -18,8 +18,9 @@ from jaxhandler.data.sinks import FileSink, Sink, check_resumable
 from jaxhandler.data.sources import Source
 from jaxhandler.errors import explain, warn
 from jaxhandler.handlers.carries import owned
-from jaxhandler.handlers.fold import Finished, Result, consume, folding, join_steps
+from jaxhandler.handlers.fold import Finished, Result, consume, folding
 from jaxhandler.handlers.options import Options
+from jaxhandler.handlers.outputs import join
 from jaxhandler.handlers.parts import Share
 from jaxhandler.handlers.program import Program
 from jaxhandler.handlers.run import Run
@@ -167,7 +168,7 @@ def _fold(
                 # The next step takes the memory of this one over.
                 carry = owned(carry)
             if run.program.outputs == "steps":
-                blocks[:] = [join_steps(blocks)]
+                blocks[:] = [join(blocks)]
             outputs = blocks[0] if run.program.outputs == "steps" else None
             trees = {**leg.trees, STATE: carry, _OUTPUTS: outputs}
             if settling or ends:
@@ -180,7 +181,7 @@ def _fold(
     result = consume(folding(run, sink), finished)
     if run.program.outputs != "steps":
         return result
-    return result._replace(outputs=join_steps(blocks))
+    return result._replace(outputs=join(blocks))
 
 
 def _settings(run: Run) -> dict[str, Any]:

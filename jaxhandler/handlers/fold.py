@@ -19,7 +19,7 @@ from jaxhandler.handlers.program import Program
 from jaxhandler.handlers.run import Run
 from jaxhandler.typing import RunReport, Step
 
-__all__ = ["Finished", "Result", "consume", "fold", "folding", "join_steps"]
+__all__ = ["Finished", "Result", "consume", "fold", "folding"]
 
 
 class Finished(NamedTuple):
@@ -83,12 +83,7 @@ def fold(
             on_finished(macrobatch)
 
     result = consume(folding(run, run.open_sink(out)), finished)
-    return result if program.outputs != "steps" else result._replace(outputs=join_steps(blocks))
-
-
-def join_steps(blocks: list[Any]) -> Any:
-    """Returns outputs of steps, one tree of NumPy arrays `[S, ...]` per macrobatch, as one tree."""
-    return join(blocks)
+    return result if program.outputs != "steps" else result._replace(outputs=join(blocks))
 
 
 def consume(
