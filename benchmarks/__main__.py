@@ -10,8 +10,8 @@ from pathlib import Path
 from benchmarks import page
 
 _NAMES = (
-    "imports", "unused", "nonfinite", "durable", "dispatch", "memory", "flat", "read", "write",
-    "overlap", "epoch", "ensemble", "ensemble_costs", "inferer", "micro_batching", "restart",
+    "imports", "unused", "nonfinite", "durable", "digests", "dispatch", "memory", "flat", "read",
+    "write", "overlap", "epoch", "ensemble", "ensemble_costs", "inferer", "micro_batching", "restart",
     "assembly",
 )  # fmt: skip
 
