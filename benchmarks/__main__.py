@@ -11,8 +11,8 @@ from benchmarks import page
 
 _NAMES = (
     "imports", "unused", "nonfinite", "durable", "digests", "dispatch", "memory", "flat", "read",
-    "write", "overlap", "epoch", "ensemble", "ensemble_costs", "inferer", "micro_batching", "restart",
-    "assembly",
+    "write", "overlap", "epoch", "ensemble", "ensemble_costs", "inferer", "micro_batching",
+    "restart", "assembly",
 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """What does comparing digests cost those who read an output for the first time?
 
 Rows of 784 float32 were written by `jh.copy_rows`, with the CRC-32 of every MiB in the manifest,
-and lie in the page cache. Each run is that of a process that has never seen them, and compares all of
-them; its peer reads a copy whose manifest was deleted, which is read like anybody's file. Later
+and lie in the page cache. Each run is that of a process that has never seen them, and compares all
+of them; its peer reads a copy whose manifest was deleted, which is read like anybody's file. Later
 passes of a process compare nothing and are not in the table. In each round all are timed next to
 each other, in another order:
 

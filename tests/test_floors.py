@@ -26,7 +26,7 @@ FLOOR = {place: floor for floor, places in enumerate(FLOORS) for place in places
 # Neighbours that may be imported on their own floor: every module words its messages with errors.
 GROUND = {"errors"}
 
-CORE = {"jax", "jaxhandler", "numpy", "optax", *sys.stdlib_module_names}
+CORE = {"jax", "jaxhandler", "numpy", "optax", "zlib_ng", *sys.stdlib_module_names}
 LAZY = {"flax", "grain", "h5py", "keras", "matplotlib", "orbax", "pyarrow", "ray", "rich"}
 LAZY |= {"ase", "safetensors", "sklearn", "tensorstore", "vesin", "zarr"}
 LONGEST_FILE = 400
@@ -106,12 +106,25 @@ def test_optional_imports_are_lazy(module: str) -> None:
         assert name.split(".")[0] in CORE, f"{module} imports {name} when it is imported"
 
 
-def test_importing_the_package_imports_nothing_optional() -> None:
-    show = "import sys, jaxhandler; print(*{name.split('.')[0] for name in sys.modules})"
-    command = [sys.executable, "-c", show]
+def imported_by(statement: str) -> set[str]:
+    """The modules that a new process has imported after a statement."""
+    command = [sys.executable, "-c", f"{statement}; import sys; print(*sys.modules)"]
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert "jaxhandler" in shown.split()
-    assert not LAZY.intersection(shown.split())
+    return set(shown.split())
+
+
+def test_importing_all_public_names_imports_nothing_optional() -> None:
+    modules = {name.split(".")[0] for name in imported_by("from jaxhandler import *")}
+    assert "jaxhandler" in modules
+    assert not LAZY.intersection(modules)
+
+
+def test_importing_the_package_imports_the_upper_floors_when_they_are_named() -> None:
+    upper = {"jaxhandler.assembly", "jaxhandler.ensembles", "jaxhandler.inference"}
+    assert not upper.intersection(imported_by("import jaxhandler"))
+    assert upper.intersection(imported_by("import jaxhandler; jaxhandler.batch_loss")) == {
+        "jaxhandler.ensembles"
+    }
 
 
 @each_module
