@@ -108,6 +108,11 @@ class Kept:
         resolved = self._resolved.setdefault(str(state.controller.batch_size), {})
         return Leg(self._saver, lambda: self._content(state), trees, resolved, middle)
 
+    def macrobatch_size(self, state: FitState) -> int | None:
+        """Returns what "auto" stood for in the last epoch of `state`; None where nothing is kept."""
+        batch_size = int(state.history["batch_size"][-1])
+        return self._resolved.get(str(batch_size), {}).get("macrobatch_size")
+
     def look(self, state: FitState, ended: str) -> None:
         """Commits the state after an epoch if it is time; else it is what is left to commit."""
         if self._saver is None:

@@ -245,8 +245,13 @@ def fit(
             try:
                 pictures: dict[str, Any] = {}
                 if best is None or best.keys() != set(best_splits):
-                    size, plots = state.controller.eval_batch_size, plot_maker is not None
-                    best, pictures = run.evaluate(state.params, best_splits, size, plots=plots)
+                    best, pictures = run.evaluate(
+                        state.params,
+                        best_splits,
+                        state.controller.eval_batch_size,
+                        plots=plot_maker is not None,
+                        macrobatch_size=kept.macrobatch_size(state),
+                    )
                     if ended != "interrupted":
                         kept.finish(state, ended, best)
                 table.show(_title(state, ended), best, passing=False)

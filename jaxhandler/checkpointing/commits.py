@@ -146,8 +146,11 @@ class Commits:
         for old in _paths(self._folder):
             if old not in self._kept:
                 # Renamed first: what a kill leaves of it is not taken for a commit.
-                os.rename(old, partial_of(old))
-                remove(partial_of(old))
+                try:
+                    os.rename(old, partial_of(old))
+                    remove(partial_of(old))
+                except OSError as error:
+                    warn(f"{old} stays, because it could not be deleted: {error}")
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import jaxhandler as jh
+from jaxhandler.assembly.epochs import Epochs
 from jaxhandler.checkpointing.commits import Commits, commits_in
 from tests.assembly.test_routines import (
     DATA,
@@ -120,6 +121,21 @@ def test_what_auto_stood_for_is_used_again(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxhandler.data.sizing.CPU_BUDGET", 600)
     assert macrobatches(fit, 2) == {6}
     assert macrobatches(kept_fit, tmp_path, resume="ignore:epochs") == {2}
+
+
+def test_what_auto_stood_for_is_used_again_for_the_best_parameters(tmp_path, monkeypatch):
+    kept_fit(tmp_path, 1, macrobatch_size="auto")
+    monkeypatch.setattr("jaxhandler.data.sizing.CPU_BUDGET", 600)
+    sizes, evaluate = [], Epochs.evaluate
+
+    def recorded(self, *args, macrobatch_size=None, **options):
+        sizes.append(macrobatch_size)
+        return evaluate(self, *args, macrobatch_size=macrobatch_size, **options)
+
+    monkeypatch.setattr(Epochs, "evaluate", recorded)
+    kept_fit(tmp_path, 1, macrobatch_size="auto", evaluate_best=("valid",))
+    [size] = sizes
+    assert size is not None
 
 
 def test_a_completed_fit_gives_its_result_again_without_work(whole, tmp_path):

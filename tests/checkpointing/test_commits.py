@@ -55,6 +55,14 @@ def test_numbers_go_on_where_another_process_stopped(folder):
     assert names(folder) == ["commit-00000003", "commit-00000004", LOCK]
 
 
+def test_an_old_commit_that_cannot_be_deleted_stays_and_is_named(folder):
+    with Commits(folder, 2) as commits:
+        (folder / "commit-00000002.partial" / "in the way").mkdir(parents=True)
+        with pytest.warns(UserWarning, match="commit-00000002 stays, because"):
+            add(commits, 4)
+    assert newest(folder) == 4
+
+
 def test_other_files_in_the_folder_stay(folder):
     (folder / "notes.txt").write_text("mine")
     with Commits(folder, 2) as commits:
