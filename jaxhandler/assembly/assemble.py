@@ -42,15 +42,18 @@ class TrainingModules(NamedTuple):
         loss: `loss(params, batch)` of a dict of columns, a scalar or a `jh.Mean`: what
             `jh.trainer` takes.
         evaluator: An `Evaluator` of the validation losses.
+        has_key: Whether `loss` takes a random key, `loss(params, batch, *, key)`: what `jh.trainer`
+            is to be told.
 
     Example:
         >>> TrainingModules._fields
-        ('model', 'loss', 'evaluator')
+        ('model', 'loss', 'evaluator', 'has_key')
     """
 
     model: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
-    loss: Callable[[Any, Mapping[str, Any]], Any]
+    loss: Callable[..., Any]
     evaluator: Evaluator
+    has_key: bool = False
 
 
 def assemble_for_training(
@@ -116,8 +119,8 @@ def assemble_for_training(
     _check_shapes([loss, *validated], params, needs.shapes, columns)
     train_fn, evaluated = _fill(model, needs.of([loss]), columns), needs.of(validated)
 
-    def loss_fn(params: Any, batch: Mapping[str, Any]) -> Any:
-        return batch_loss(loss, leaves_of(train_fn(params, batch), batch), params)
+    def loss_fn(params: Any, batch: Mapping[str, Any], *, key: Any = None) -> Any:
+        return batch_loss(loss, leaves_of(train_fn(params, batch, key), batch), params)
 
     evaluator = make_evaluator(
         _fill(model, evaluated, columns),
@@ -128,7 +131,8 @@ def assemble_for_training(
         batch_size=(1 if columns.packed else 128) if batch_size is None else batch_size,
     )
     db_info = generate_database_info(needs.inputs, needs.targets)
-    return TrainingModules(_fill(model, needs, columns), loss_fn, evaluator), db_info
+    filled = _fill(model, needs, columns)
+    return TrainingModules(filled, loss_fn, evaluator, model.has_key), db_info
 
 
 def determine_out_in_targ(
@@ -252,9 +256,7 @@ def build_loss_modules(
     return train_loss, validation_loss
 
 
-def _fill(
-    model: Model, needs: Needs, columns: Columns
-) -> Callable[[Any, Mapping[str, Any]], dict[str, Any]]:
+def _fill(model: Model, needs: Needs, columns: Columns) -> Callable[..., dict[str, Any]]:
     """Makes the function of some outputs, that takes the columns they depend on."""
     inputs, outputs = needs.inputs, needs.outputs
     others = {name: columns.specs[name] for name in columns.inputs if name not in inputs}
@@ -266,7 +268,7 @@ def _fill(
         sizes = {columns.specs[name].shape[1]: column.shape[1] for name, column in given.items()}
         return (sizes.get(shape[0], shape[0]), *shape[1:])
 
-    def model_fn(params: Any, inputs_given: Mapping[str, Any]) -> dict[str, Any]:
+    def model_fn(params: Any, inputs_given: Mapping[str, Any], key: Any = None) -> dict[str, Any]:
         if not outputs:
             return {}
         missing = [name for name in inputs if name not in inputs_given]
@@ -281,7 +283,7 @@ def _fill(
             name: jnp.zeros((rows, *known_sizes(spec.shape[1:], given)), spec.dtype)
             for name, spec in others.items()
         }
-        return model.compute(params, unread | given, outputs)
+        return model.compute(params, unread | given, outputs, key)
 
     return model_fn
 

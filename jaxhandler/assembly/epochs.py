@@ -318,8 +318,14 @@ class Epochs:
         loss, optimizer, building = self._modules.loss, self._optimizer, self._building
 
         def build() -> Trainer:
-            chained = rescaled(optimizer)
-            return trainer(loss, chained, batch_size=batch_size, plans=self._plans, **building)
+            return trainer(
+                loss,
+                rescaled(optimizer),
+                has_key=self._modules.has_key,
+                batch_size=batch_size,
+                plans=self._plans,
+                **building,
+            )
 
         # Plans belong to one trainer's step: beside it in the cache, a second fit finds them.
         return self._plans.get(("fit", loss, optimizer, batch_size, *building.values()), build)

@@ -109,7 +109,7 @@ class Kept:
         return Leg(self._saver, lambda: self._content(state), trees, resolved, middle)
 
     def macrobatch_size(self, state: FitState) -> int | None:
-        """Returns what "auto" stood for in the last epoch of `state`; None where nothing is kept."""
+        """Returns what "auto" stood for in the last epoch; None where nothing is kept."""
         batch_size = int(state.history["batch_size"][-1])
         return self._resolved.get(str(batch_size), {}).get("macrobatch_size")
 

@@ -33,6 +33,7 @@ class Model:
         outputs: The only output, where `fn` gives it alone.
         derived: More outputs, made of those of `fn`.
         per_row: Whether `fn` is of a single row.
+        has_key: Whether `fn` takes a random key.
 
     Example:
         >>> import jax.numpy as jnp
@@ -47,13 +48,17 @@ class Model:
     outputs: str | None = None
     derived: Mapping[str, Expression] = field(default_factory=dict)
     per_row: bool = False
+    has_key: bool = False
 
-    def __call__(self, params: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(
+        self, params: Any, inputs: Mapping[str, Any], *, key: Any = None
+    ) -> dict[str, Any]:
         """Computes all outputs, derived ones too.
 
         Args:
             params: The parameters.
             inputs: Columns by name, `[B, ...]`.
+            key: As `compute` takes it.
 
         Returns:
             Outputs by name, `[B, ...]`.
@@ -61,11 +66,15 @@ class Model:
         Raises:
             ValueError: If a column or an output that is asked for is not there.
         """
-        own = jax.eval_shape(self._outputs, params, self._named(inputs))
-        return self.compute(params, inputs, map(Prediction, [*own, *self.derived]))
+        own = jax.eval_shape(self._outputs, params, self._named(inputs), key)
+        return self.compute(params, inputs, map(Prediction, [*own, *self.derived]), key)
 
     def compute(
-        self, params: Any, columns: Mapping[str, Any], wanted: Iterable[Expression]
+        self,
+        params: Any,
+        columns: Mapping[str, Any],
+        wanted: Iterable[Expression],
+        key: Any = None,
     ) -> dict[str, Any]:
         """Computes some outputs and gradients.
 
@@ -73,6 +82,7 @@ class Model:
             params: The parameters.
             columns: Columns by name, `[B, ...]`.
             wanted: Predictions and gradients.
+            key: A random key of one step of training, for a function that takes one; else None.
 
         Returns:
             Arrays `[B, ...]`: predictions by name, gradients by their text.
@@ -84,7 +94,7 @@ class Model:
         leaves = {leaf for each in wanted for leaf in self._leaves(each)}
         gradients = sorted((leaf for leaf in leaves if isinstance(leaf, Gradient)), key=str)
         inputs = self._named(columns)
-        outputs, known = self._with_gradients(params, inputs, gradients)
+        outputs, known = self._with_gradients(params, inputs, gradients, key)
 
         def leaf(part: Expression) -> Any:
             if isinstance(part, Gradient):
@@ -112,10 +122,10 @@ class Model:
         return {**columns, **{name: columns[column] for name, column in names if column in columns}}
 
     def _with_gradients(
-        self, params: Any, inputs: dict[str, Any], gradients: list[Gradient]
+        self, params: Any, inputs: dict[str, Any], gradients: list[Gradient], key: Any
     ) -> tuple[dict[str, Any], dict[Gradient, Any]]:
         if not gradients:
-            return self._outputs(params, inputs), {}
+            return self._outputs(params, inputs, key), {}
         at = {}
         named = {column: name for name, column in self.columns.items()}
         for part in gradients:
@@ -133,7 +143,7 @@ class Model:
         names = sorted({part.name for part in gradients})
 
         def some(at: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-            outputs = self._outputs(params, {**inputs, **at})
+            outputs = self._outputs(params, {**inputs, **at}, key)
             for part in gradients:
                 _check_output(str(part), part.name, outputs)
                 if not jnp.issubdtype(dtype := jnp.result_type(outputs[part.name]), jnp.floating):
@@ -152,10 +162,10 @@ class Model:
             (pulled[name],) = pull(ones)
         return outputs, {part: pulled[part.name][part.wrt] for part in gradients}
 
-    def _outputs(self, params: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _outputs(self, params: Any, inputs: dict[str, Any], key: Any) -> dict[str, Any]:
         given = inputs if self.inputs is None else _input(inputs, self.inputs)
         try:
-            outputs = self._on_rows(params, given)
+            outputs = self._on_rows(params, given, key)
         except KeyError as error:
             missing = error.args[0] if error.args else None
             if not isinstance(missing, str) or missing in inputs:
@@ -170,14 +180,19 @@ class Model:
             raise TypeError(text)
         return dict(outputs)
 
-    def _on_rows(self, params: Any, inputs: Any) -> Any:
+    def _on_rows(self, params: Any, inputs: Any, key: Any) -> Any:
         if not self.per_row:
-            return self.fn(params, inputs)
-        if jax.tree.leaves(inputs)[0].shape[0] == 1:
+            return self._call(params, inputs, key)
+        rows = jax.tree.leaves(inputs)[0].shape[0]
+        if rows == 1:
             # Without an axis of one row XLA makes faster gathers and scatters.
-            row = self.fn(params, jax.tree.map(lambda leaf: leaf[0], inputs))
+            row = self._call(params, jax.tree.map(lambda leaf: leaf[0], inputs), key)
             return jax.tree.map(lambda leaf: leaf[None], row)
-        return jax.vmap(self.fn, (None, 0))(params, inputs)
+        keys = None if key is None else jax.random.split(key, rows)
+        return jax.vmap(self._call, (None, 0, 0))(params, inputs, keys)
+
+    def _call(self, params: Any, inputs: Any, key: Any) -> Any:
+        return self.fn(params, inputs, key=key) if self.has_key else self.fn(params, inputs)
 
 
 def model(
@@ -188,6 +203,7 @@ def model(
     outputs: str | None = None,
     derived: Mapping[str, Expression] | None = None,
     per_row: bool = False,
+    has_key: bool = False,
 ) -> Model:
     """Makes the model of an assembly out of a function.
 
@@ -202,6 +218,9 @@ def model(
         derived: More outputs by name, made of those of `fn`: `{"forces": -jh.gradient("energy",
             wrt="R")}`. They are computed only where an expression asks for them.
         per_row: Whether `fn` is written for a single row: its arrays then lack the axis `B`.
+        has_key: Whether `fn` takes a random key, `fn(params, inputs, *, key)`, for dropout or
+            noise: one of its own in each step of training (of each row, with `per_row`), and None
+            wherever a model is evaluated or predicts.
 
     Returns:
         A `Model`, a function of parameters and a dict of columns itself.
@@ -240,7 +259,7 @@ def model(
                 seen = f"{part} in {expression}"
                 expected = "outputs of fn, their gradients, and arithmetic of them"
                 raise ValueError(explain(argument, seen=seen, expected=expected))
-    return Model(fn, columns, inputs, outputs, derived, per_row)
+    return Model(fn, columns, inputs, outputs, derived, per_row, has_key)
 
 
 def as_model(fn: Any) -> Model:

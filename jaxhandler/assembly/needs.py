@@ -153,8 +153,17 @@ def find_needs(
         raise ValueError(explain(columns.name, seen="no column of inputs", expected=expected))
     rows = _trace_rows(columns)
     given = {name: batch_spec(columns.specs[name], rows) for name in sorted(columns.inputs)}
-    run = lambda params, given: model.compute(params, given, outputs)  # noqa: E731
-    closed, shapes = jax.make_jaxpr(run, return_shape=True)(params, given)
+    run = lambda key, params, given: model.compute(params, given, outputs, key)  # noqa: E731
+    closed, shapes = jax.make_jaxpr(run, return_shape=True)(None, params, given)
+    traces = [closed.jaxpr]
+    if model.has_key:
+        # Training may look at columns that nothing else does.
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        drawn, same = jax.make_jaxpr(run, return_shape=True)(key, params, given)
+        traces.append(drawn.jaxpr)
+        if same != shapes:
+            seen, expected = f"{_shapes(same)} with a key", f"{_shapes(shapes)}, as without"
+            raise ValueError(explain("model", seen=seen, expected=expected))
     for name, leaf in shapes.items():
         shape = getattr(leaf, "shape", None)
         if shape is None or shape[:1] != (rows,):
@@ -164,15 +173,16 @@ def find_needs(
             raise ValueError(text)
 
     def inputs_of(wanted: Iterable[Expression]) -> tuple[str, ...]:
-        names = set(map(output_name, wanted))
-        _, used = dce_jaxpr(closed.jaxpr, [name in names for name in sorted(shapes)])
-        lives = used[len(used) - len(given) :]
-        live = {name for name, live in zip(given, lives, strict=True) if live}
-        return tuple(sorted(live.union(sizes)))
+        names, live = set(map(output_name, wanted)), set(sizes)
+        for jaxpr in traces:
+            _, used = dce_jaxpr(jaxpr, [name in names for name in sorted(shapes)])
+            lives = used[len(used) - len(given) :]
+            live |= {name for name, live in zip(given, lives, strict=True) if live}
+        return tuple(sorted(live))
 
     sizes: list[str] = []
     if columns.packed:
-        sizes += _sizing(lambda given: run(params, given), given, inputs_of(outputs), shapes)
+        sizes += _sizing(lambda given: run(None, params, given), given, inputs_of(outputs), shapes)
     # Rows must be counted by something, even where no value matters.
     inputs = inputs_of(outputs) or (_smallest(given),)
     return Needs(inputs, outputs, targets, shapes, inputs_of)
@@ -200,6 +210,10 @@ def _sizing(
         if not same:
             found.append(_smallest({name: given[name] for name in larger}))
     return found
+
+
+def _shapes(outputs: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {list(leaf.shape)}" for name, leaf in sorted(outputs.items()))
 
 
 def _smallest(columns: Mapping[str, Any]) -> str:

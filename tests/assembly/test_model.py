@@ -54,6 +54,35 @@ def test_a_function_of_one_row_is_mapped_over_rows(rows):
     np.testing.assert_allclose(outputs["forces"], -R[:rows], rtol=1e-6)
 
 
+def noisy(params, inputs, *, key):
+    """Springs whose energies have noise of their own where there is a key."""
+    energy = params * (inputs["R"] ** 2).sum(axis=-1)
+    return {"energy": energy if key is None else energy + jax.random.normal(key, energy.shape)}
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_function_that_takes_a_key_draws_for_each_row(per_row, rows):
+    model, inputs = jh.model(noisy, per_row=per_row, has_key=True), {"R": jnp.asarray(R[:rows])}
+    silent = model(0.5, inputs)["energy"]
+    drawn = model(0.5, inputs, key=jax.random.key(0))["energy"]
+    np.testing.assert_allclose(silent, 0.5 * (R[:rows] ** 2).sum(axis=1), rtol=1e-6)
+    assert len(set(np.asarray(drawn - silent).round(4).tolist())) == rows
+    again = model(0.5, inputs, key=jax.random.key(0))["energy"]
+    np.testing.assert_array_equal(drawn, again)
+
+
+def test_gradients_are_of_what_was_drawn():
+    def scaled(params, inputs, *, key):
+        scale = 1.0 if key is None else jax.random.normal(key, (len(inputs["R"]),))
+        return {"energy": scale * params * (inputs["R"] ** 2).sum(axis=1)}
+
+    model, key = jh.model(scaled, derived=FORCES, has_key=True), jax.random.key(1)
+    found = model(0.5, {"R": jnp.asarray(R)}, key=key)
+    scale = jax.random.normal(key, (len(R),))
+    np.testing.assert_allclose(found["forces"], -scale[:, None] * R, rtol=1e-6)
+
+
 def test_forces_are_minus_the_gradient_of_the_energy():
     model = jh.model(spring, columns={"R": "positions"}, derived=FORCES)
     np.testing.assert_allclose(model(3.0, {"positions": R})["forces"], -6 * R, rtol=1e-6)

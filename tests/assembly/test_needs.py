@@ -224,3 +224,21 @@ def test_specs_and_sources_of_packs_are_packs_as_their_database_is(of) -> None:
     )
     assert modules.evaluator.program.batch_size == 1
     assert modules.evaluator.evaluate(1.0, database.packed(9)) == {"mean": 2.0}
+
+
+def test_columns_that_only_training_looks_at_are_inputs():
+    def model(params, inputs, *, key):
+        y = inputs["x"] * params
+        return {"y": y if key is None else y + inputs["z"] * jax.random.normal(key, y.shape)}
+
+    assert needs(jh.model(model, has_key=True)) == (["x", "z"], ["y"], [])
+
+
+def test_outputs_of_another_shape_in_training_are_refused():
+    def model(params, inputs, *, key):
+        return {"y": inputs["x"] if key is None else inputs["x"][:, :2]}
+
+    with pytest.raises(
+        ValueError, match=r"model: saw y \[6, 2\] with a key, expected y \[6, 3\], as"
+    ):
+        needs(jh.model(model, has_key=True))

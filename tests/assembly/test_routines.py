@@ -104,6 +104,36 @@ def test_a_fit_takes_the_steps_of_a_trainer():
     np.testing.assert_allclose(result.history["loss"], per_epoch, rtol=1e-6)
 
 
+def dropping(params, inputs, *, key):
+    """A line, half of whose inputs are dropped in training."""
+    x = inputs["x"]
+    if key is not None:
+        x = jnp.where(jax.random.bernoulli(key, 0.5, x.shape), 2 * x, 0)
+    return line(params, {"x": x})
+
+
+def test_a_model_with_dropout_takes_the_steps_of_a_trainer_and_is_evaluated_without():
+    modules, db_info = assembled(model=jh.model(dropping, has_key=True))
+    options = {"modules": modules, "db_info": db_info}
+    result, again = fit(2, **options), fit(2, **options)
+    same(result.state, again.state)
+
+    def loss_fn(params, batch, *, key):
+        return jnp.mean((dropping(params, batch, key=key)["y"] - batch["y"]) ** 2)
+
+    tr = jh.trainer(loss_fn, SGD, has_key=True, batch_size=8)
+    state = tr.init(PARAMS, key=jax.random.key(7))
+    state, _ = tr.train_from_host(state, DATABASE.source("train"), epochs=2)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        result.state.train.params,
+        state.params,
+    )
+    valid = {name: column[SPLITS["valid"]] for name, column in DATA.items()}
+    error = np.mean(np.abs(line(state.params, valid)["y"] - valid["y"]))
+    np.testing.assert_allclose(result.history["valid"]["MAE"][-1], error, rtol=1e-5)
+
+
 def test_a_fit_learns_and_evaluates_the_best_parameters_on_every_split():
     result = fit(60)
     np.testing.assert_allclose(result.params["w"], [1.0, -2.0, 0.5], atol=1e-3)
