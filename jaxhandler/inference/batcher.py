@@ -289,8 +289,11 @@ def _compute(line: Line, infer: MemoizingInferer, batch: Sequence[Request]) -> N
 def _answer(requests: Iterable[Request], outcomes: Iterable[Any], failed: bool = False) -> None:
     """Gives each request its result or its error, waking each loop once."""
     by_loop: dict[Any, list[tuple[Any, Any]]] = {}
+    blocked: list[tuple[Reply, Any]] = []
     for request, outcome in zip(requests, outcomes, strict=True):
-        if request.loop is None:
+        if isinstance(request.future, Reply) and not failed:
+            blocked.append((request.future, outcome))
+        elif request.loop is None:
             _settle([(request.future, outcome)], failed)
         else:
             by_loop.setdefault(request.loop, []).append((request.future, outcome))
@@ -298,6 +301,7 @@ def _answer(requests: Iterable[Request], outcomes: Iterable[Any], failed: bool =
         # Nobody waits in a loop that was closed.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(_settle, pairs, failed)
+    Reply.wake(blocked)
 
 
 def _settle(pairs: Iterable[tuple[Any, Any]], failed: bool) -> None:

@@ -1,6 +1,5 @@
 """The engine of an inferer: plans by bucket, compiled, kept and run for any number of rows."""
 
-import operator
 import os
 import threading
 import time
@@ -26,14 +25,12 @@ from jaxhandler.tally import Tally
 
 __all__ = ["Engine", "Hidden"]
 
-_FIRST_LOOK = 64
+_FIRST_LOOK = 40
 _LOOKS_GROW = 1.3
 _MOST_AT_ONCE = 64
 _MOST_SHAPES = 4096
-_DTYPE = operator.attrgetter("dtype")
-_SHAPE = operator.attrgetter("shape")
 _FIRST_TIMED = 16
-_TIMED_EVERY = 8
+_TIMED_EVERY = 32
 
 
 class Hidden(Protocol):
@@ -86,6 +83,7 @@ class Engine:
         self.apply_fn, self.inputs, self.policy = apply_fn, inputs, policy
         self.background, self.max_plans = background, max_plans
         self.outputs = traced_outputs(apply_fn, params, inputs, out_axis)
+        self._lone = self.outputs.bare
         self.frozen = tuple(leaves) if freeze else None
         # Types: parameters exchanged by `with_params` are not to be held here.
         self._given = () if freeze else tuple(map(type_of, leaves))
@@ -96,10 +94,11 @@ class Engine:
         self.costs = Costs()
         self._lock = threading.Lock()
         self._padded = 0
-        # By classes and shapes of inputs: the one plan that serves them, as the policy would say.
-        # Requests are counted by rows, apart for those that found theirs here and the others.
+        # By what inputs look like: the one plan that serves them, what counts its calls, rows and
+        # bucket, as the policy would say.
         self._bounded = bool(bounds)
-        self._known: dict[tuple[Any, ...], tuple[Held, Tally, Part]] = {}
+        self._known: dict[tuple[Any, ...] | None, tuple[Held, Callable[[], int], int, int]] = {}
+        # Requests are counted by rows, apart for those that found theirs there and the others.
         self._requests: dict[Part, Tally] = {}
         self._sizes: Counter[int] = Counter()
         self._timed, self._next_look = 0, _FIRST_LOOK
@@ -110,52 +109,51 @@ class Engine:
         self._behind = Behind(lambda bucket: (alive := settle()) and alive(bucket))
         self._companions: list[weakref.WeakMethod[Callable[[int], Any]]] = []
 
-    def run(self, params: tuple[Any, ...], inputs: list[Any], device: bool = False) -> list[Any]:
+    def run(self, params: tuple[Any, ...], inputs: Any, device: bool = False) -> Any:
         """Computes the outputs of rows.
 
         Args:
             params: The parameters' leaves; none where they are frozen.
-            inputs: The inputs' leaves `[N, ...]`.
+            inputs: Rows `[N, ...]`, not looked at so far.
             device: Whether to keep JAX arrays, where one plan computes all rows and none is added.
 
         Returns:
-            The outputs' leaves `[N, ...]`, NumPy arrays of the caller's own.
+            Outputs `[N, ...]`, NumPy arrays of the caller's own.
 
         Raises:
             SealedError: If a plan is missing and none may be compiled.
+            TypeError, ValueError, OverflowError: If inputs are wrong.
         """
-        leaf = inputs[0]
-        try:
-            if len(inputs) == 1 and type(leaf) is np.ndarray:
-                # The plainest inputs, looked up the shortest way.
-                found, fits = self._known[leaf.shape], leaf.dtype == self.inputs.dtypes[0]
-            else:
-                found = self._known[*map(type, inputs), *map(_SHAPE, inputs)]
-                fits = [*map(_DTYPE, inputs)] == self.inputs.dtypes
-        except (AttributeError, KeyError):
-            return self.run_parts(params, *self.inputs.check(inputs), device)
-        held, requests, (rows, bucket) = found
-        plan = held.plan
-        if plan is GONE or not fits:
-            return self.run_parts(params, *self.inputs.check(inputs), device)
+        if type(inputs) is np.ndarray:
+            # The plainest inputs, looked up the shortest way; as `Rows.key` of it.
+            leaves: Sequence[Any] = (inputs,)
+            found = self._known.get((inputs.shape, inputs.dtype))
+        else:
+            leaves = self.inputs.leaves(inputs)
+            found = self._known.get(self.inputs.key(leaves))
+        if found is None or (plan := found[0].plan) is GONE:
+            checked = self.inputs.check(self.inputs.leaves(inputs))
+            return self.outputs.unflatten(self.run_parts(params, *checked, device))
+        held, count, rows, bucket = found
         if self._bounded:
             self.plans.used(held)
-        number = requests.add()
+        number = count()
         timed = number % _TIMED_EVERY == 0 or number < _FIRST_TIMED
         start = time.perf_counter() if timed else 0.0
         if rows < bucket:
-            outputs = plan(*params, *[pad(leaf, bucket, self.inputs.axis) for leaf in inputs])
+            outputs = plan(*params, *[pad(leaf, bucket, self.inputs.axis) for leaf in leaves])
             outputs = [trim(output, rows, self.outputs.axis) for output in outputs]
-        elif not device:
-            outputs = [*map(np.array, plan(*params, *inputs))]
+        elif device:
+            outputs = plan(*params, *leaves)
+            timed &= _wait_for(outputs, leaves)
+        elif self._lone and not timed:
+            return np.array(plan(*params, *leaves)[0])
         else:
-            outputs = plan(*params, *inputs)
-            if not _wait_for(outputs, inputs):
-                return outputs
+            outputs = [*map(np.array, plan(*params, *leaves))]
         if timed:
             self.costs.called(bucket, time.perf_counter() - start)
             self._look()
-        return outputs
+        return self.outputs.unflatten(outputs)
 
     def run_parts(
         self,
@@ -220,9 +218,8 @@ class Engine:
         if len(self._known) >= _MOST_SHAPES:
             self._known = {}
         if held is not None:
-            single = len(leaves) == 1 and type(leaves[0]) is np.ndarray
-            key = leaves[0].shape if single else (*map(type, leaves), *map(_SHAPE, leaves))
-            self._known[key] = held, requests, part
+            key = self.inputs.key(leaves)
+            self._known[key] = held, requests.add, part.rows, part.bucket
 
     def plan(self, bucket: int) -> Any:
         """Returns the plan of a bucket, compiling it where nobody has.

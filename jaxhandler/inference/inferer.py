@@ -74,14 +74,13 @@ class MemoizingInferer:
             SealedError: If a plan would have to be compiled after `seal`.
         """
         if self.agents is None and agents is None:
-            found = self.engine.run(self._leaves, self.inputs.leaves(inputs), device=device)
-            return self.outputs.unflatten(found)
+            return self.engine.run(self._leaves, inputs, device)
         if self._hidden:
             refuse_hidden(inputs, self._hidden)
         num_rows, leaves = self.inputs.check(self.inputs.leaves(inputs))
         whose = range(num_rows) if agents is None else as_agents(agents, num_rows)
         if self.agents is None:
-            found = self.engine.run(self._leaves, leaves, device=device)
+            found = self.engine.run_parts(self._leaves, num_rows, leaves, device)
         else:
             found = self.agents.run(self.engine, self._leaves, num_rows, leaves, whose, device)
         return self.outputs.unflatten(found)

@@ -92,7 +92,7 @@ def split_rows(form: Rows, outputs: Any) -> list[Any]:
     """Returns each row of some outputs, a tree of arrays of its own without a row axis."""
     leaves = [np.moveaxis(np.asarray(leaf), form.axis, 0) for leaf in jax.tree.leaves(outputs)]
     rows = zip(*leaves, strict=True)
-    return [form.structure.unflatten([np.array(leaf) for leaf in row]) for row in rows]
+    return [form.unflatten([np.array(leaf) for leaf in row]) for row in rows]
 
 
 def _array(name: str, leaf: Any, spec: jax.ShapeDtypeStruct, narrowing: str) -> np.ndarray:

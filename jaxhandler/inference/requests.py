@@ -5,13 +5,15 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from typing import Any, NamedTuple
 
 from jaxhandler.errors import explain
 
 __all__ = ["BatcherStats", "Line", "Reply", "Request", "refuse_closed"]
+
+_AT_ONCE = 2
 
 
 class BatcherStats(NamedTuple):
@@ -57,12 +59,13 @@ class Reply:
         3
     """
 
-    __slots__ = ("_done", "_error", "_value")
+    __slots__ = ("_done", "_error", "_others", "_value")
 
     def __init__(self) -> None:
         self._done = threading.Lock()
         self._done.acquire()
         self._value, self._error = None, None
+        self._others: Iterator[Reply] = iter(())
 
     def done(self) -> bool:
         """Returns whether there is a result."""
@@ -89,9 +92,35 @@ class Reply:
     def result(self) -> Any:
         """Waits, once, for the result and returns it, or raises the error."""
         self._done.acquire()
+        for other in self._others:
+            other._done.release()
+            break
         if self._error is not None:
             raise self._error
         return self._value
+
+    @staticmethod
+    def wake(results: "Sequence[tuple[Reply, Any]]") -> None:
+        """Gives many callers their results, waking two, of whom each wakes another, and so on.
+
+        Threads that are woken all at once each wait for the interpreter's lock again, which costs
+        as much as being woken. Two, because one may have gone: Ctrl-C ends a wait of the main
+        thread.
+
+        Args:
+            results: Whom to wake, in order, and what each gets.
+
+        Example:
+            >>> replies = [Reply(), Reply(), Reply()]
+            >>> Reply.wake([*zip(replies, "abc")])
+            >>> [reply.result() for reply in replies]
+            ['a', 'b', 'c']
+        """
+        others = iter([reply for reply, _ in results])
+        for reply, value in results:
+            reply._value, reply._others = value, others
+        for _, reply in zip(range(_AT_ONCE), others, strict=False):
+            reply._done.release()
 
 
 class Request:

@@ -1,6 +1,7 @@
 """What the rows of requests look like: checked, cut, padded and trimmed in NumPy."""
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = ["Rows", "pad", "traced_outputs", "trim"]
 # From here on XLA's copy of a buffer that is not aligned costs more than aligning it.
 _WORTH_ALIGNING = 2**16
 _LEAF = jax.tree.structure(0)
+_FORM = operator.attrgetter("shape", "dtype")
 
 
 class Rows:
@@ -127,6 +129,18 @@ class Rows:
         if structure != self.structure:
             self._refuse_tree(inputs, structure)
         return leaves
+
+    def key(self, leaves: Sequence[Any]) -> tuple[Any, ...] | None:
+        """Returns what tells leaves of inputs apart that need another plan; None for no arrays.
+
+        For a NumPy array with no tree around it, that is `(shape, dtype)`.
+        """
+        if self.bare and type(leaves[0]) is np.ndarray:
+            return _FORM(leaves[0])
+        try:
+            return *map(type, leaves), *map(_FORM, leaves)
+        except AttributeError:
+            return None
 
     def check(self, leaves: Sequence[Any]) -> tuple[int, list[Any]]:
         """Returns how many rows the leaves of inputs have, and the leaves, refusing what is wrong.

@@ -272,6 +272,17 @@ def test_plans_do_not_hold_copies_of_parameters():
 # Sealed.
 
 
+def test_what_is_refused_at_first_is_refused_after_hits():
+    infer = make(lambda w, inputs: inputs["x"] * w, 2.0, {"x": np.zeros((1, 3), np.float32)})
+    x = np.ones((2, 3), np.float32)
+    for _ in range(3):
+        assert infer({"x": x}).sum() == 12
+    with pytest.raises(ValueError, match=r"no inputs\['x'\]"):
+        infer(x)
+    with pytest.raises(TypeError, match="int32"):
+        infer({"x": x.astype(np.int32)})
+
+
 def test_a_sealed_inferer_serves_what_it_has_and_refuses_to_compile():
     infer = make(preload=(2,))
     infer.seal()

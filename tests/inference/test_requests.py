@@ -116,6 +116,16 @@ def test_a_reply_gives_a_result_or_raises_an_error():
         given_up.result()
 
 
+def test_callers_that_wake_wake_others_also_where_one_of_them_has_gone():
+    gone, *others = replies = [Reply() for _ in range(5)]
+    Reply.wake([(reply, number) for number, reply in enumerate(replies)])
+    assert [reply.done() for reply in replies] == [True, True, False, False, False]
+    for number, reply in enumerate(others, 1):
+        assert reply.done()
+        assert reply.result() == number
+    assert gone.done()
+
+
 def test_refuse_closed_says_what_to_do():
     with pytest.raises(RuntimeError, match="Make another one with jh.micro_batcher"):
         refuse_closed()
