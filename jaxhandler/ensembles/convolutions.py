@@ -23,7 +23,9 @@ __all__ = ["convolution_form", "pays", "single_form"]
 
 Form = Callable[[jax.Array, jax.Array], jax.Array]
 
-# What a multiply-add of a convolution over members costs at least, in those of a product.
+# What a multiply-add of a convolution over members costs at least, in those of a product, if moving
+# an element costs as much as this: more than tiles are chosen by, so that what is close is left.
+MOVED = 70
 NATIVE = 3
 NATIVE_PER_OUTPUT = 80
 
@@ -231,12 +233,13 @@ def pays(
 
     Measured on two cores, jitted, 2 to 10 members, mostly batch 32, value and both gradients, for
     57 shapes: widths of 4 to 256, 1 to 256 channels, windows of 1 to 30, one to three dimensions,
-    strided, transposed, grouped, with holes. A product took 10 to 50 ps per unit of `Tiling.cost`,
-    a convolution at least as many units as stand below. So products win wherever a window has no
-    holes: 2.5 to 4 times from 32 channels on in two dimensions, at any width; 1.2 to 2 times in one
-    dimension or for one row; 1.5 to 90 times with few channels. With holes of three elements and
-    more they lost up to 3.5 times, since most of a patch is multiplied by zeros. Nothing was taken
-    that lost, and two convolutions were left that would have won, 1.5 and 2.9 times.
+    strided, transposed, grouped, with holes. A product took 10 to 50 ps per unit of `Tiling.cost`
+    with `MOVED`, a convolution at least as many units as stand below. So products win wherever a
+    window has no holes: 2.5 to 4 times from 32 channels on in two dimensions, at any width; 1.2 to
+    2 times in one dimension or for one row; 1.5 to 90 times with few channels. With holes of three
+    elements and more they lost up to 3.5 times, since most of a patch is multiplied by zeros.
+    Nothing was taken that lost, and two convolutions were left that would have won, 1.5 and 2.9
+    times.
 
     On other backends than CPU nothing was measured, and only windows of one element, for which
     nothing is copied, are taken.
@@ -259,4 +262,4 @@ def pays(
         return False
     needed = batch * math.prod(out) * math.prod(window) * inputs * outputs / math.prod(dilation)
     native = needed * (NATIVE + NATIVE_PER_OUTPUT / outputs)
-    return tiling.cost(batch, inputs, outputs) < native
+    return tiling.cost(batch, inputs, outputs, move=MOVED) < native
