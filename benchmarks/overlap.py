@@ -4,14 +4,19 @@ A `.npy` file is calculated in macrobatches by a model whose size is chosen, bef
 that computing takes as long as reading. In each round the following are timed next to each other:
 
 - read: every macrobatch through the library's reader, nothing computed;
-- compute: a hand-written scan over one macrobatch on the device, once per macrobatch of the file;
+- compute: a hand-written scan over the macrobatches of the file, on the device beforehand: all of
+  them, since one over and over would stay in the processor's cache;
 - serial: by hand, read, place and compute one macrobatch after the other;
+- bare threads: one does what `read` does, into memory used again, while the other does what
+  `compute` does; nothing is handed over and neither waits for the other;
 - overlapped: `calc_from_host` on the file.
 
 `of larger` divides overlapped by the larger of read and compute plus one macrobatch of it, `of
-serial` by serial as it was measured, `of sum` by read plus compute. "warm" reads from the page
-cache, which is a copy in memory; "cold" drops the file's pages (`posix_fadvise`) before each
-timing.
+serial` by serial as it was measured, `of sum` by read plus compute. `bare of larger` is the same of
+bare threads: what reading and computing take from each other on this machine, in caches and memory,
+before anything is handed over. `of bare` divides overlapped by bare threads plus one macrobatch.
+"warm" reads from the page cache, which is a copy in memory; "cold" drops the file's pages
+(`posix_fadvise`) before each timing.
 
 XLA's CPU client computes on all cores and would leave none to the reader of a machine with two. So
 the model computes with one thread here, in all peers alike: `--xla_cpu_multi_thread_eigen=false`.
@@ -29,6 +34,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -38,7 +44,6 @@ import numpy as np
 import jaxhandler as jh
 from benchmarks.common import (
     RESULTS,
-    Times,
     arguments,
     forget_pages,
     interleaved,
@@ -46,10 +51,11 @@ from benchmarks.common import (
     median,
     report,
 )
+from jaxhandler.data.buffers import recycling
 
 _COLUMNS = (
-    "pages", "layers", "read ms", "compute ms", "serial ms", "overlapped ms", "of larger",
-    "of serial", "of sum", "cores computing",
+    "pages", "layers", "read ms", "compute ms", "serial ms", "bare threads ms", "overlapped ms",
+    "of larger", "bare of larger", "of bare", "of serial", "of sum", "cores computing",
 )  # fmt: skip
 _WIDTH, _HIDDEN, _BATCH = 784, 32, 128
 
@@ -89,46 +95,59 @@ def _row(path: Path, pages: str, size: int, macrobatches: int, rounds: int) -> d
     apply, params = _model(layers)
     calculator = jh.calculator(apply, batch_size=_BATCH)
     scan = _scan(apply)
-    block = jax.device_put(source.read(0, size).reshape(-1, _BATCH, _WIDTH))
+    blocks = [
+        jax.device_put(source.read(start, start + size).reshape(-1, _BATCH, _WIDTH))
+        for start in range(0, source.num_rows, size)
+    ]
 
     def compute() -> None:
-        for _ in range(macrobatches):
-            np.asarray(scan(params, block))
+        for rows in blocks:
+            np.asarray(scan(params, rows))
 
     def serial() -> None:
         for start in range(0, source.num_rows, size):
             rows = source.read(start, start + size).reshape(-1, _BATCH, _WIDTH)
             np.asarray(scan(params, jax.device_put(rows)))
 
+    def bare() -> None:
+        with recycling(), ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(read)
+            compute()
+            reading.result()
+
     def overlapped() -> None:
         calculator.calc_from_host(params, path, macrobatch_size=size)
 
-    for warm_up in (compute, serial, overlapped):
+    for warm_up in (compute, serial, bare, overlapped):
         warm_up()
     start, used = time.perf_counter(), time.process_time()
     compute()
     cores = (time.process_time() - used) / (time.perf_counter() - start)
-    peers = {"read": read, "compute": compute, "serial": serial, "overlapped": overlapped}
-    times = interleaved(peers, rounds, before=before)
-    larger = [max(pair) for pair in zip(times["read"], times["compute"], strict=True)]
+    peers = {"read": read, "compute": compute, "serial": serial, "bare threads": bare}
+    times = interleaved({**peers, "overlapped": overlapped}, rounds, before=before)
+    once_more = 1 + 1 / macrobatches
+    larger = [max(pair) * once_more for pair in zip(times["read"], times["compute"], strict=True)]
     return {
         "pages": pages,
         "layers": layers,
         "macrobatches": macrobatches,
         "macrobatch_rows": size,
         **{f"{name} ms": 1e3 * median(times, name) for name in times},
-        "of larger": _ratio(times, [one * (1 + 1 / macrobatches) for one in larger]),
-        "of serial": _ratio(times, times["serial"]),
+        "of larger": _ratio(times["overlapped"], larger),
+        "bare of larger": _ratio(times["bare threads"], larger),
+        "of bare": _ratio(times["overlapped"], [one * once_more for one in times["bare threads"]]),
+        "of serial": _ratio(times["overlapped"], times["serial"]),
         "of sum": _ratio(
-            times, [sum(pair) for pair in zip(times["read"], times["compute"], strict=True)]
+            times["overlapped"],
+            [sum(pair) for pair in zip(times["read"], times["compute"], strict=True)],
         ),
         "cores computing": cores,
         "seconds": times,
     }
 
 
-def _ratio(times: Times, base: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(times["overlapped"], base, strict=True))
+def _ratio(taken: list[float], base: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(taken, base, strict=True))
 
 
 def _write(path: Path, size: int, macrobatches: int) -> None:

@@ -3,9 +3,21 @@
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Sharding
 
-__all__ = ["device_of", "owned", "pinned"]
+__all__ = ["device_of", "owned", "pinned", "spared"]
+
+
+def spared(tree: Any, *, on_cpu: bool) -> Any:
+    """Returns leaves that a plan may be told to take over, though somebody else still needs them.
+
+    On CPU they are NumPy's views: a plan copies what it may not write to by itself, in a tenth of
+    the time that an explicit copy of each leaf takes.
+    """
+    if on_cpu and not any(leaf.committed for leaf in jax.tree.leaves(tree)):
+        return jax.tree.map(np.asarray, tree)
+    return owned(tree)
 
 
 def owned(tree: Any) -> Any:

@@ -19,7 +19,7 @@ from jaxhandler.data.sources import Source
 from jaxhandler.data.stream import Clock, Lane, Layout, Macrobatch, load, place, read_ahead
 from jaxhandler.errors import DeviceMemoryError, explain, warn
 from jaxhandler.handlers.account import Account
-from jaxhandler.handlers.carries import device_of, owned, pinned
+from jaxhandler.handlers.carries import device_of, pinned, spared
 from jaxhandler.handlers.needs import Gauge
 from jaxhandler.handlers.options import Options, check_options
 from jaxhandler.handlers.outputs import Outputs, join, joined_specs, output_pieces
@@ -93,14 +93,14 @@ class Run:
         )
         self._keys = Keys(carry)
         self._carry = self._keys.strip(carry)
-        if program.donate and not options.dry:
-            self._carry = owned(self._carry)
+        # Until a plan has run, it is the caller's.
+        self._lent = True
         # A carry may keep rows it has seen; sinks copy, so without one nothing outlives the run.
         self.borrows = source.borrow is not None and not jax.tree.leaves(carry)
         views = options.resident and options.shuffle != "global"
         self.fresh = not (views or self.borrows)
         self.plans = Plans(program, step, self._keys, pinned(self._carry))
-        self.device = device_of((self.consts, carry), self.sharding)
+        self.device = device_of((self.consts, self._carry), self.sharding)
         self.on_cpu = self.device.platform == "cpu"
         self.mode = program.mode
         if self.mode == "auto":
@@ -146,8 +146,7 @@ class Run:
             carry: What they left, arrays like those of this run's carry.
         """
         self.account.rows_before = self.account.rows = rows
-        carry = self._keys.strip(carry)
-        self.go_back(Mark(visits, 0, rows, owned(carry) if self.program.donate else carry))
+        self.go_back(Mark(visits, 0, rows, self._keys.strip(carry)))
 
     def mark(self) -> Mark:
         """Returns where the run is; with its carry only where it may have to go back."""
@@ -290,9 +289,9 @@ class Run:
 
     def compute(self, part: Part) -> Outputs:
         """Hands every batch to the device; gives the outputs to come."""
-        if self.program.donate and self.options.on_oom == "halve":
-            # Plans take the copy over, also where they fail; marks keep what they would need.
-            self._carry = owned(self._carry)
+        if self.program.donate and (self._lent or self.options.on_oom == "halve"):
+            # Plans take a carry over, also where they fail; the caller and marks need theirs.
+            self._carry, self._lent = spared(self._carry, on_cpu=self.on_cpu), False
         number = part.visit.epoch * self.num_visits + part.visit.position
         with jax.profiler.StepTraceAnnotation("jaxhandler_macrobatch", step_num=number):
             outs = self._compute(part)
@@ -350,18 +349,20 @@ class Run:
     def let_go(self) -> None:
         """Frees the rows of macrobatches that are done, before others are read.
 
-        On CPU XLA borrows NumPy's memory, and gives it back only when Python collects garbage: a
-        collection of the youngest objects is enough. Python drops a Ctrl-C that comes in the
-        middle of one, but only ever interrupts the main thread; hence another.
+        On CPU XLA borrows NumPy's memory, and gives it back when JAX is called next or Python
+        collects garbage: a collection of the youngest objects is enough. Python drops a Ctrl-C that
+        comes in the middle of one, but only ever interrupts the main thread; hence another.
         """
         if not (self.on_cpu and self.fresh) or self.bytes < _WORTH_COLLECTING:
             return
         if threading.current_thread() is not threading.main_thread():
             gc.collect(0)
-        else:
+        elif not self.options.resident:
             collector = threading.Thread(target=gc.collect, args=(0,), name="jaxhandler-collect")
             collector.start()
             collector.join()
+        # Else the next call does: waiting for a thread costs more than the room until then, which
+        # reading ahead would take as well.
 
     def _pieces(self, visit: Visit, outs: Outputs) -> list[Any] | None:
         out = self.traced.out

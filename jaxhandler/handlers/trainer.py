@@ -113,9 +113,7 @@ class Trainer(Handler):
             (3, 6, 6)
         """
         shuffle = "global" if shuffle == "rows" else shuffle
-        # Scattered rows are gathered while the device computes.
-        ahead = int(shuffle == "global")
-        options = RESIDENT._replace(shuffle=shuffle, epochs=epochs, read_ahead=ahead)
+        options = RESIDENT._replace(shuffle=shuffle, epochs=epochs)
         return self._train(state, resident_source(data), options)
 
     def train_from_host(
