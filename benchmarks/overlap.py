@@ -91,14 +91,14 @@ def _row(path: Path, pages: str, size: int, macrobatches: int, rounds: int) -> d
     before()
     read()
     reading = _seconds(read, before)
-    layers = _calibrate(source, size, reading / macrobatches)
-    apply, params = _model(layers)
-    calculator = jh.calculator(apply, batch_size=_BATCH)
-    scan = _scan(apply)
     blocks = [
         jax.device_put(source.read(start, start + size).reshape(-1, _BATCH, _WIDTH))
         for start in range(0, source.num_rows, size)
     ]
+    layers = _calibrate(blocks, reading)
+    apply, params = _model(layers)
+    calculator = jh.calculator(apply, batch_size=_BATCH)
+    scan = _scan(apply)
 
     def compute() -> None:
         for rows in blocks:
@@ -180,15 +180,14 @@ def _scan(apply: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax.Ar
     return jax.jit(scan)
 
 
-def _calibrate(source: jh.Source, size: int, target: float) -> int:
-    """Returns the layers with which a macrobatch takes `target` seconds."""
-    block = jax.device_put(source.read(0, size).reshape(-1, _BATCH, _WIDTH))
+def _calibrate(blocks: list[jax.Array], target: float) -> int:
+    """Returns the layers with which all macrobatches take `target` seconds."""
 
     def cost(layers: int) -> float:
         apply, params = _model(layers)
         scan = _scan(apply)
-        np.asarray(scan(params, block))
-        return _seconds(lambda: np.asarray(scan(params, block)))
+        np.asarray(scan(params, blocks[0]))
+        return _seconds(lambda: [np.asarray(scan(params, rows)) for rows in blocks])
 
     low, high = cost(0), cost(64)
     return max(round(64 * (target - low) / max(high - low, 1e-9)), 0)
