@@ -161,7 +161,7 @@ def find_needs(
         key = jax.eval_shape(lambda: jax.random.key(0))
         drawn, same = jax.make_jaxpr(run, return_shape=True)(key, params, given)
         traces.append(drawn.jaxpr)
-        if same != shapes:
+        if _shapes(same) != _shapes(shapes):
             seen, expected = f"{_shapes(same)} with a key", f"{_shapes(shapes)}, as without"
             raise ValueError(explain("model", seen=seen, expected=expected))
     for name, leaf in shapes.items():
@@ -213,7 +213,8 @@ def _sizing(
 
 
 def _shapes(outputs: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {list(leaf.shape)}" for name, leaf in sorted(outputs.items()))
+    leaves = sorted(outputs.items())
+    return ", ".join(f"{name} {leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves)
 
 
 def _smallest(columns: Mapping[str, Any]) -> str:

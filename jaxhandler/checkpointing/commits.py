@@ -97,7 +97,12 @@ class Commits:
             if fresh and numbers:
                 raise _in_use(folder)
             for path in folder.glob("commit-*.partial"):
-                remove(path)
+                try:
+                    remove(path)
+                except OSError as error:
+                    warn(f"{path} stays, because it could not be deleted: {error}")
+                    # No new one may want its name.
+                    numbers += [_number(path.with_suffix(""))]
         except BaseException:
             os.close(self._lock)
             raise

@@ -28,7 +28,6 @@ class Gauge(NamedTuple):
         sharding: That of a batch, or None.
         scan: Whether a macrobatch runs as one plan.
         gather: Whether a scan draws its rows by index.
-        copied: Whether the carry is a copy of the caller's, who still has one.
     """
 
     plans: Plans
@@ -39,7 +38,6 @@ class Gauge(NamedTuple):
     sharding: Sharding | None
     scan: bool
     gather: bool
-    copied: bool
 
     def batch(self) -> Needs:
         """Measures the plan of one batch; `state` is what it does not take over of the carry."""
@@ -75,8 +73,7 @@ class Gauge(NamedTuple):
 
     def there(self) -> int:
         """Counts what of that lies there now."""
-        copies = 2 if self.copied else 1
-        return device_bytes(_placed(self.consts)) + copies * device_bytes(_placed(self.carry))
+        return device_bytes(_placed(self.consts)) + device_bytes(_placed(self.carry))
 
     @property
     def _shape(self) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from jaxhandler.data.sources import Source
 from jaxhandler.data.stream import Clock, Lane, Layout, Macrobatch, load, place, read_ahead
 from jaxhandler.errors import DeviceMemoryError, explain, warn
 from jaxhandler.handlers.account import Account
-from jaxhandler.handlers.carries import device_of, pinned, spared
+from jaxhandler.handlers.carries import device_of, owned, pinned, spared
 from jaxhandler.handlers.needs import Gauge
 from jaxhandler.handlers.options import Options, check_options
 from jaxhandler.handlers.outputs import Outputs, join, joined_specs, output_pieces
@@ -93,8 +93,10 @@ class Run:
         )
         self._keys = Keys(carry)
         self._carry = self._keys.strip(carry)
-        # Until a plan has run, it is the caller's.
+        # Until a plan has run, it is the caller's; without rows, none does.
         self._lent = True
+        if program.donate and not options.dry and not source.num_rows:
+            self._carry = owned(self._carry)
         # A carry may keep rows it has seen; sinks copy, so without one nothing outlives the run.
         self.borrows = source.borrow is not None and not jax.tree.leaves(carry)
         views = options.resident and options.shuffle != "global"
@@ -215,7 +217,7 @@ class Run:
 
     def gauge(self) -> Gauge:
         """Returns what measures the plans of this run, as long as none has run."""
-        options, program = self.options, self.program
+        options = self.options
         return Gauge(
             plans=self.plans,
             consts=self.consts,
@@ -225,7 +227,6 @@ class Run:
             sharding=self.sharding,
             scan=self.mode == "scan",
             gather=self.sharding is None and options.shuffle in ("rows", "blocks"),
-            copied=program.donate and not options.dry,
         )
 
     def open_sink(self, out: Any, mark: dict[str, Any] | None = None) -> Sink:

@@ -290,11 +290,12 @@ def _answer(requests: Iterable[Request], outcomes: Iterable[Any], failed: bool =
     """Gives each request its result or its error, waking each loop once."""
     by_loop: dict[Any, list[tuple[Any, Any]]] = {}
     blocked: list[tuple[Reply, Any]] = []
+    direct: list[tuple[Any, Any]] = []
     for request, outcome in zip(requests, outcomes, strict=True):
         if isinstance(request.future, Reply) and not failed:
             blocked.append((request.future, outcome))
         elif request.loop is None:
-            _settle([(request.future, outcome)], failed)
+            direct.append((request.future, outcome))
         else:
             by_loop.setdefault(request.loop, []).append((request.future, outcome))
     for loop, pairs in by_loop.items():
@@ -302,6 +303,8 @@ def _answer(requests: Iterable[Request], outcomes: Iterable[Any], failed: bool =
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(_settle, pairs, failed)
     Reply.wake(blocked)
+    # Last: here a future's callbacks run.
+    _settle(direct, failed)
 
 
 def _settle(pairs: Iterable[tuple[Any, Any]], failed: bool) -> None:

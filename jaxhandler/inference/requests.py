@@ -59,12 +59,12 @@ class Reply:
         3
     """
 
-    __slots__ = ("_done", "_error", "_others", "_value")
+    __slots__ = ("_done", "_error", "_gone", "_others", "_value")
 
     def __init__(self) -> None:
         self._done = threading.Lock()
         self._done.acquire()
-        self._value, self._error = None, None
+        self._value, self._error, self._gone = None, None, False
         self._others: Iterator[Reply] = iter(())
 
     def done(self) -> bool:
@@ -91,10 +91,14 @@ class Reply:
 
     def result(self) -> Any:
         """Waits, once, for the result and returns it, or raises the error."""
-        self._done.acquire()
-        for other in self._others:
-            other._done.release()
-            break
+        try:
+            self._done.acquire()
+        except BaseException:
+            # Ctrl-C, or what a signal's handler raised: whoever wakes this one wakes the next too.
+            self._gone = True
+            raise
+        finally:
+            self._wake(self._others, 1)
         if self._error is not None:
             raise self._error
         return self._value
@@ -104,8 +108,8 @@ class Reply:
         """Gives many callers their results, waking two, of whom each wakes another, and so on.
 
         Threads that are woken all at once each wait for the interpreter's lock again, which costs
-        as much as being woken. Two, because one may have gone: Ctrl-C ends a wait of the main
-        thread.
+        as much as being woken. Whoever a signal has ended the wait of passes it on by its `_gone`;
+        two, because it may end before a wait begins.
 
         Args:
             results: Whom to wake, in order, and what each gets.
@@ -119,8 +123,16 @@ class Reply:
         others = iter([reply for reply, _ in results])
         for reply, value in results:
             reply._value, reply._others = value, others
-        for _, reply in zip(range(_AT_ONCE), others, strict=False):
-            reply._done.release()
+        Reply._wake(others, _AT_ONCE)
+
+    @staticmethod
+    def _wake(others: "Iterator[Reply]", most: int) -> None:
+        """Wakes that many who still wait; those who have gone do not count."""
+        for other in others:
+            other._done.release()
+            most -= not other._gone
+            if not most:
+                break
 
 
 class Request:

@@ -238,7 +238,16 @@ def test_outputs_of_another_shape_in_training_are_refused():
     def model(params, inputs, *, key):
         return {"y": inputs["x"] if key is None else inputs["x"][:, :2]}
 
-    with pytest.raises(
-        ValueError, match=r"model: saw y \[6, 2\] with a key, expected y \[6, 3\], as"
-    ):
+    text = r"model: saw y float32\[6, 2\] with a key, expected y float32\[6, 3\], as"
+    with pytest.raises(ValueError, match=text):
         needs(jh.model(model, has_key=True))
+
+
+def test_a_number_that_training_draws_and_evaluation_writes_out_is_the_same_output():
+    def model(params, inputs, *, key):
+        y = inputs["x"] * params
+        scale = jnp.broadcast_to(1.0, (len(y),))
+        return {"y": y, "s": scale if key is None else jax.random.normal(key, (len(y),))}
+
+    scale = jh.losses.mean(jh.pred("s"))
+    assert needs(jh.model(model, has_key=True), Y, scale)[1] == ["s", "y"]

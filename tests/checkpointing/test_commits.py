@@ -63,6 +63,21 @@ def test_an_old_commit_that_cannot_be_deleted_stays_and_is_named(folder):
     assert newest(folder) == 4
 
 
+def test_a_rest_that_cannot_be_deleted_stays_and_its_number_is_not_used(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(f"not allowed: {path}")
+
+    (folder / "commit-00000004.partial").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxhandler.checkpointing.commits.remove", refuse)
+        with pytest.warns(UserWarning, match=r"commit-00000004.partial stays, because"):
+            commits = Commits(folder, 3)
+    with commits:
+        add(commits, 5)
+    assert newest(folder) == 5
+    assert "commit-00000005" in names(folder)
+
+
 def test_other_files_in_the_folder_stay(folder):
     (folder / "notes.txt").write_text("mine")
     with Commits(folder, 2) as commits:

@@ -247,6 +247,15 @@ def test_empty_data_gives_empty_outputs_of_the_right_shape():
     assert calc.program.plans.stats().compiles == 0
 
 
+def test_without_rows_the_carry_given_back_is_not_the_callers():
+    count = jh.handler(lambda n, x: (n + 1, x.sum()), batch_size=4, outputs="steps")
+    carry, no_rows = np.zeros(4, np.float32), np.ones((0, 2), np.float32)
+    for n, _ in (count.handle(carry, no_rows), count.handle_from_host(carry, no_rows)):
+        carry[:] = 7
+        np.testing.assert_array_equal(n, np.zeros(4))
+        carry[:] = 0
+
+
 def test_wide_integers_on_disk_are_refused_before_the_function_is_called(tmp_path):
     def never(params, batch):
         raise AssertionError("called")

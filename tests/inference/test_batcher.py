@@ -352,6 +352,25 @@ def test_results_are_the_receivers_own_and_rows_stay_the_senders():
     assert first.flags.writeable
 
 
+def test_callbacks_of_futures_run_when_blocking_callers_of_their_batch_are_awake():
+    infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros((1, 3), np.float32))
+    answered, seen = threading.Event(), []
+    with jh.micro_batcher(infer, max_rows=2, max_wait_ms=60_000) as batcher:
+
+        def call():
+            batcher(np.ones(3, np.float32))
+            answered.set()
+
+        caller = threading.Thread(target=call)
+        caller.start()
+        while not batcher.stats().waiting:
+            time.sleep(0.001)
+        future = batcher.submit(np.ones(3, np.float32))
+        future.add_done_callback(lambda _: seen.append(answered.wait(10)))
+        caller.join()
+    assert seen == [True]
+
+
 def test_a_callback_may_send_again_but_not_wait():
     again, refused = Future(), Future()
     with Held(max_rows=1, max_queue=1) as held:

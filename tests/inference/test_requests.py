@@ -1,6 +1,7 @@
 """The line in which requests wait: order, room, lateness and closing, without a thread."""
 
 import math
+import signal
 import time
 from concurrent.futures import CancelledError, Future
 
@@ -124,6 +125,26 @@ def test_callers_that_wake_wake_others_also_where_one_of_them_has_gone():
         assert reply.done()
         assert reply.result() == number
     assert gone.done()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers that signal")
+def test_callers_are_woken_however_many_waits_a_signal_ended():
+    def give_up(*_):
+        raise TimeoutError
+
+    replies = [Reply() for _ in range(6)]
+    before = signal.signal(signal.SIGALRM, give_up)
+    try:
+        for reply in replies[:3]:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            with pytest.raises(TimeoutError):
+                reply.result()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    Reply.wake([(reply, number) for number, reply in enumerate(replies)])
+    for number, reply in enumerate(replies[3:], 3):
+        assert reply.done()
+        assert reply.result() == number
 
 
 def test_refuse_closed_says_what_to_do():
