@@ -71,7 +71,7 @@ def main() -> None:
             _write(folder, task, ".npy")
             for run, work in _runs(task).items():
                 rows.append(_row(folder, f"{run}, {model.name}", ".npy", work, rounds))
-    notes = ["bar: compared/plain at most 1.02 for a run that computes"]
+    notes = ["bar: compared/plain at most 1.02"]
     report("digests", rows, options, columns=_COLUMNS, notes=notes)
 
 
