@@ -65,7 +65,7 @@ def main() -> None:
                     print(f"{model.name} {name} done", file=sys.stderr, flush=True)
     compiles = sum(row["compiles while timed"] for row in rows)
     notes = [
-        "bars: device/best at most 1.05, device/keras and host/keras below 1",
+        "bars: device/best at most 1.03, device/keras and host/keras below 1",
         f"compilations while timed, all peers: {compiles}",
     ]
     report("epoch", rows, options, columns=_COLUMNS, notes=notes)

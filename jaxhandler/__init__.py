@@ -13,23 +13,16 @@ from jaxhandler.errors import IsolationError as IsolationError
 from jaxhandler.errors import NonFiniteError as NonFiniteError
 from jaxhandler.errors import RowDependenceError as RowDependenceError
 from jaxhandler.errors import SealedError as SealedError
-from jaxhandler.handlers import callbacks as callbacks
 from jaxhandler.handlers.calculator import Calculator as Calculator
 from jaxhandler.handlers.calculator import calculator as calculator
-from jaxhandler.handlers.copying import copy_rows as copy_rows
 from jaxhandler.handlers.handler import Handler as Handler
 from jaxhandler.handlers.handler import handler as handler
-from jaxhandler.handlers.memory import MemoryPlan as MemoryPlan
-from jaxhandler.handlers.memory import plan_memory as plan_memory
 from jaxhandler.handlers.trainer import Trainer as Trainer
 from jaxhandler.handlers.trainer import trainer as trainer
 from jaxhandler.handlers.training import TrainInfo as TrainInfo
 from jaxhandler.handlers.training import TrainState as TrainState
 from jaxhandler.handlers.validator import Validator as Validator
 from jaxhandler.handlers.validator import validator as validator
-from jaxhandler.models.adapters import from_linen as from_linen
-from jaxhandler.models.adapters import from_nnx as from_nnx
-from jaxhandler.models.precision import cast as cast
 from jaxhandler.plans import PlanCache as PlanCache
 from jaxhandler.plans import PlanStats as PlanStats
 from jaxhandler.trees import data_size as data_size
@@ -88,6 +81,10 @@ if TYPE_CHECKING:
     from jaxhandler.ensembles.stopping import StoppingState as StoppingState
     from jaxhandler.ensembles.stopping import early_stopping as early_stopping
     from jaxhandler.ensembles.stopping import halve as halve
+    from jaxhandler.handlers import callbacks as callbacks
+    from jaxhandler.handlers.copying import copy_rows as copy_rows
+    from jaxhandler.handlers.memory import MemoryPlan as MemoryPlan
+    from jaxhandler.handlers.memory import plan_memory as plan_memory
     from jaxhandler.inference import noise as noise
     from jaxhandler.inference import policies as policies
     from jaxhandler.inference.batched import Batched as Batched
@@ -106,6 +103,9 @@ if TYPE_CHECKING:
     from jaxhandler.inference.runtime import runtime as runtime
     from jaxhandler.inference.stats import InfererStats as InfererStats
     from jaxhandler.inference.store import enable_plan_store as enable_plan_store
+    from jaxhandler.models.adapters import from_linen as from_linen
+    from jaxhandler.models.adapters import from_nnx as from_nnx
+    from jaxhandler.models.precision import cast as cast
 else:
     # What many sessions never need is imported when it is first named.
     _LATER = {
@@ -134,6 +134,9 @@ else:
         "ensembles.scores": "batch_accuracy batch_loss batch_topk",
         "ensembles.stacking": "stack unstack",
         "ensembles.stopping": "EarlyStopping StoppingState early_stopping halve",
+        "handlers": "callbacks",
+        "handlers.copying": "copy_rows",
+        "handlers.memory": "MemoryPlan plan_memory",
         "inference": "noise policies",
         "inference.batched": "Batched batched",
         "inference.batcher": "MicroBatcher micro_batcher",
@@ -147,6 +150,8 @@ else:
         "inference.runtime": "RunError Runtime runtime",
         "inference.stats": "InfererStats",
         "inference.store": "enable_plan_store",
+        "models.adapters": "from_linen from_nnx",
+        "models.precision": "cast",
     }
     _HOMES = {name: home for home, names in _LATER.items() for name in names.split()}
 

@@ -149,6 +149,8 @@ def _expand(data: Any) -> Any:
     """Makes dictionaries of mappings that JAX does not know: HDF5 and Zarr groups, npz files."""
 
     def expand(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array | np.ndarray):
+            return leaf
         named = hasattr(leaf, "keys") and not hasattr(leaf, "shape")  # A Zarr group is no Mapping.
         if not is_spec(leaf) and (isinstance(leaf, Mapping) or named):
             return {name: _expand(leaf[name]) for name in leaf.keys()}  # noqa: SIM118

@@ -11,6 +11,8 @@ from jaxhandler.trees import ragged
 
 __all__ = ["check_dtype", "check_fits", "check_leaf", "narrow"]
 
+_PLAIN = frozenset(map(np.dtype, ("bool", "uint8", "int8", "int16", "int32", "float16", "float32")))
+"""Those that JAX takes as they are, whatever its settings."""
 _REMEDIES = {
     "O": "Convert it to numbers first, with .astype(...), in rows of one length.",
     "U": "Encode the text as integers first.",
@@ -40,6 +42,8 @@ def check_dtype(name: str, array: Any, narrowing: str = "warn") -> np.dtype:
         ValueError: If `narrowing` is unknown.
     """
     check_choice("narrowing", narrowing, ("warn", "raise", "allow"))
+    if array.dtype in _PLAIN and not isinstance(array, np.ma.MaskedArray):
+        return np.dtype(array.dtype)
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         fix = "Pass jax.random.key_data(keys) and wrap them again in the model."
         raise TypeError(explain(name, seen="random keys", expected="numbers", fix=fix))

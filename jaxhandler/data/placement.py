@@ -130,6 +130,8 @@ def replicate_like(
         described = isinstance(leaf, jax.ShapeDtypeStruct)
         if not described and (not isinstance(leaf, jax.Array) or getattr(leaf, "weak_type", False)):
             return put(check_leaf(names()[number], leaf), target)
+        if target is None and not described:
+            return leaf  # A key takes long to say where it lies.
         lies: Any = leaf.sharding
         there = lies is not None and (target is None or lies.device_set == target.device_set)
         if there and not described:

@@ -199,28 +199,33 @@ def _allocated(path: str, spec: Any) -> np.ndarray:
 
 
 class DeviceSink:
-    """Joins outputs into JAX arrays; on CPU without any compiled operation."""
+    """Joins outputs into JAX arrays; on CPU as they come, without any compiled operation."""
 
     def __init__(self, specs: Any, row_axis: int) -> None:
         self._specs, self._axis = specs, row_axis
         self._pieces: list[Any] = []
+        self._host: HostSink | None = None
 
     def write(self, start: int, pieces: list[Any]) -> None:
-        self._pieces.extend(pieces)
+        arrays = jax.tree.leaves(pieces[0])
+        whole = arrays[0].shape == jax.tree.leaves(self._specs)[0].shape
+        if whole or not all(map(_on_host, arrays)):
+            return self._pieces.extend(pieces)
+        if self._host is None:
+            self._host = HostSink(self._specs, self._axis)
+        self._host.write(start, pieces)
 
     def finish(self) -> Any:
         pieces, self._pieces = self._pieces, []
+        if not pieces:
+            sink, self._host = self._host or HostSink(self._specs, self._axis), None
+            return jax.device_put(sink.finish())
         if len(pieces) == 1:
             return jax.device_put(pieces[0])
-        if not pieces or all(_on_host(array) for array in jax.tree.leaves(pieces[0])):
-            sink = HostSink(self._specs, self._axis)
-            if pieces:
-                sink.write(0, pieces)
-            return jax.device_put(sink.finish())
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=self._axis), *pieces)
 
     def abort(self) -> None:
-        self._pieces = []
+        self._pieces, self._host = [], None
 
 
 class BlockSink:

@@ -184,7 +184,8 @@ def load(source: Source, visit: Visit, layout: Layout, *, borrow: bool = False) 
         else:
             rows = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), rows)
         return Macrobatch(visit, rows, order, [], index)
-    spans, start = [], 0
+    short = (number for number, (count, _) in enumerate(visit.batches) if count < size)
+    whole, spans, start = next(short, len(visit.batches)), [], 0
     for count, _ in visit.batches:
         span: Any = slice(start, start + count)
         if layout.pad and count < size:
@@ -195,9 +196,10 @@ def load(source: Source, visit: Visit, layout: Layout, *, borrow: bool = False) 
     if order is not None:
         batches = (_drawn(take, order[span]) for span in spans)
     else:
-        cut = lambda span: jax.tree.map(lambda leaf: _rows(leaf, span), rows)  # noqa: E731
-        batches = [cut(span) for span in spans]
-    return Macrobatch(visit, None, None, batches, [index[span] for span in spans])
+        leaves, structure = jax.tree.flatten(rows)
+        columns = zip(*(_cut(leaf, spans, whole, size) for leaf in leaves), strict=True)
+        batches = [structure.unflatten(column) for column in columns]
+    return Macrobatch(visit, None, None, batches, _cut(index, spans, whole, size))
 
 
 def place(macrobatch: Macrobatch, sharding: Sharding | None, *, on_cpu: bool) -> Macrobatch:
@@ -231,6 +233,15 @@ def _permute(leaf: Any, order: np.ndarray) -> Any:
     rows = aligned_empty((len(order), *leaf.shape[1:]), leaf.dtype)
     np.take(leaf, order, axis=0, out=rows, mode="clip")
     return rows
+
+
+def _cut(leaf: Any, spans: list[Any], whole: int, size: int) -> list[Any]:
+    """Returns the rows of each span, the first `whole` of which are `size` rows each."""
+    if isinstance(leaf, jax.Array):
+        return [_rows(leaf, span) for span in spans]
+    # Going over an array takes a fifth of the time that slices of it do.
+    batches = list(leaf[: whole * size].reshape(whole, size, *leaf.shape[1:]))
+    return batches + [_rows(leaf, span) for span in spans[whole:]]
 
 
 def _rows(leaf: Any, span: Any) -> Any:

@@ -110,6 +110,8 @@ def check_params(state: TrainState) -> None:
         >>> state = TrainState({"w": np.ones(3)}, *[()] * 4, step=9, epoch=1, active=True)
         >>> check_params(state)
     """
+    if all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state.params)):
+        return
     steps, active = np.asarray(state.step), np.asarray(state.active)
     for path, leaf in leaves_with_paths(state.params):
         finite = np.isfinite(np.asarray(leaf))

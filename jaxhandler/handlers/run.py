@@ -312,12 +312,15 @@ class Run:
             self._carry, out = plan(*args)
             return Outputs([out], True, start)
         outs, start = [], time.perf_counter()
+        plan: Any = None
+        size = -1
         for position, rows in enumerate(macrobatch.batches):
             index = macrobatch.index[position]
             number = part.first + position
             count = np.int32(visit.batches[number][0]) if self.layout.pad else None
             args = (consts, self._carry, rows, index, np.int32(number), count)
-            plan = self.plans.batch(len(index), args)
+            if len(index) != size:
+                size, plan = len(index), self.plans.batch(len(index), args)
             if position == 0:
                 start = time.perf_counter()
             self._carry, out = plan(*args)

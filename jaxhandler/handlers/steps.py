@@ -64,9 +64,9 @@ def trace_step(
     """
     lead = program.batch_shape(rows)
     struct = lambda spec: jax.ShapeDtypeStruct((*lead, *spec.shape[1:]), spec.dtype)  # noqa: E731
-    data = jax.tree.map(struct, specs)
 
     def trace() -> Traced:
+        data = jax.tree.map(struct, specs)
         index = jax.ShapeDtypeStruct(lead, np.int32)
         scalar = jax.ShapeDtypeStruct((), np.int32)
         # A fresh function, lest jit's own cache keep the trace after ours has dropped it.
@@ -86,7 +86,9 @@ def trace_step(
         digest = digest_jaxpr(traced.jaxpr) if digested else ""
         return Traced(out, convolves(traced.jaxpr), digest)
 
-    key = (step, program.tail, digested, signature((consts, carry, data)))
+    leaves, structure = jax.tree.flatten(specs)
+    types = structure, tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves)
+    key = (step, program.tail, digested, lead, types, signature((consts, carry)))
     return program.traces.get(key, trace)
 
 
@@ -267,7 +269,8 @@ def _check_out(program: Program, out: Any, rows: int) -> None:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    dtype = leaf.dtype
+    return not isinstance(dtype, np.dtype) and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _describe(leaf: Any) -> str:
