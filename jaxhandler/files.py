@@ -223,14 +223,20 @@ def seal(path: Path, known: Mapping[Path, Mapping[str, Any]]) -> dict[str, dict[
 
 def partial_of(path: Path) -> Path:
     """Returns where the rows of an output at `path` are written until it is complete."""
-    return path.with_name(path.name + ".partial")
+    return _beside(path, ".partial")
 
 
 def manifest_of(path: Path) -> Path:
     """Returns where the manifest of a file or folder of ours lies: beside it, or inside it."""
     if path.is_dir():
         return path / MANIFEST
-    return path.with_name(f"{path.name}.{MANIFEST}")
+    return _beside(path, f".{MANIFEST}")
+
+
+def _beside(path: Path, ending: str) -> Path:
+    if path.name in ("", ".."):
+        path = Path(os.path.abspath(path))
+    return path.parent / f"{path.name}{ending}"
 
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:
@@ -314,7 +320,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 def replaced_of(path: Path) -> Path:
     """Returns where the folder of an earlier run waits while the new one moves to `path`."""
-    return path.with_name(path.name + ".replaced")
+    return _beside(path, ".replaced")
 
 
 def publish(path: Path, manifest: dict[str, Any]) -> None:

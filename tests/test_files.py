@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import zlib
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -264,6 +265,15 @@ def test_a_manifest_whose_files_are_no_entries_is_refused(entries, tmp_path):
 def test_a_manifest_lies_beside_a_file_and_inside_a_folder(tmp_path):
     assert files.manifest_of(tmp_path) == tmp_path / "manifest.json"
     assert files.manifest_of(tmp_path / "x.npy") == tmp_path / "x.npy.manifest.json"
+
+
+@pytest.mark.parametrize("path", [".", "..", "/"])
+def test_what_lies_beside_a_folder_without_a_name_of_its_own_is_found(path, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    lies = Path(os.path.abspath(path))
+    for ending, found in (("partial", files.partial_of), ("replaced", files.replaced_of)):
+        assert found(Path(path)) == lies.parent / f"{lies.name}.{ending}"
 
 
 # publish, recover, remove

@@ -34,6 +34,12 @@ class PlotMaker:
         folder: Where files go; None for a notebook.
         formats: Endings of the files.
         metrics: Whether to draw metrics over epochs as well.
+
+    Example:
+        >>> import jaxhandler as jh
+        >>> maker = jh.plot_maker(folder="plots")
+        >>> maker.formats, maker.metrics
+        (('png',), True)
     """
 
     plots: tuple[Plot, ...]

@@ -29,7 +29,7 @@ def resolve_sharding(sharding: Placement) -> Sharding | None:
 
     Raises:
         TypeError: If it is something else.
-        ValueError: If a `PartitionSpec` is given and no mesh is set.
+        ValueError: If a `PartitionSpec` is given and no mesh is set, or it has no such axis.
     """
     if sharding is None or isinstance(sharding, NamedSharding | SingleDeviceSharding):
         return sharding
@@ -39,6 +39,10 @@ def resolve_sharding(sharding: Placement) -> Sharding | None:
             fix = "Call inside `with jax.set_mesh(mesh):`, or pass a NamedSharding."
             text = explain("sharding", seen="no mesh", expected=f"a mesh for {sharding}", fix=fix)
             raise ValueError(text)
+        unknown = [axis for name in sharding for axis in _axes(name) if axis not in mesh.axis_names]
+        if unknown:
+            seen, expected = f"the axis {unknown[0]!r}", f"axes of the mesh, {mesh.axis_names}"
+            raise ValueError(explain("sharding", seen=seen, expected=expected))
         return NamedSharding(mesh, sharding)
     expected = "None, a NamedSharding, a SingleDeviceSharding or a PartitionSpec"
     raise TypeError(explain("sharding", seen=a_type(sharding), expected=expected))

@@ -291,6 +291,8 @@ def _read_by(reader: Reader, policy: _Policy) -> Source:
 
 def _open_resident(name: str, leaf: Any) -> Source:
     if not isinstance(leaf, jax.Array | np.ndarray):
+        if np.ndim(leaf) == 0 and isinstance(leaf, np.generic):
+            data_size(leaf, argument=name)
         seen = a_type(leaf)
         fix = "Use the function that ends in _from_host for files and other sources."
         text = explain(name, seen=seen, expected="a JAX or NumPy array", fix=fix)

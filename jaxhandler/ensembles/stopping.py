@@ -21,6 +21,14 @@ class StoppingState(NamedTuple):
         best: `[E]` float32, the lowest score of each so far.
         stale: `[E]` int32, how many scores in a row were no better.
         params: Each member's parameters at its best score, leaves `[E, ...]`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, jaxhandler as jh
+        >>> one = jh.trainer(lambda w, x: (w - x) ** 2, optax.sgd(0.1), batch_size=2)
+        >>> keys = jax.random.split(jax.random.key(0), 3)
+        >>> state = jh.ensemble(one, members=3).init(jnp.zeros(3), key=keys)
+        >>> jh.early_stopping(patience=2).init(state).stale
+        array([0, 0, 0], dtype=int32)
     """
 
     best: Any
@@ -34,6 +42,10 @@ class EarlyStopping(NamedTuple):
     Attributes:
         init: `init(state) -> memory`, a `StoppingState` that knows no score yet.
         update: `update(state, memory, scores) -> (state, memory)`.
+
+    Example:
+        >>> import jaxhandler as jh
+        >>> init, update = jh.early_stopping(patience=5)
     """
 
     init: Callable[[TrainState], StoppingState]

@@ -40,17 +40,19 @@ class Lookout:
         """Looks at a macrobatch that has finished.
 
         Parameters that are not finite make the next loss so, unless it does not depend on them; for
-        those there is `check_params`.
+        those there is `check_params`, where nothing comes after: before a commit, and at the end.
 
         Args:
             finished: What `folding` yielded.
 
         Raises:
-            NonFiniteError: If a loss is NaN or infinite and the policy is "raise".
+            NonFiniteError: If a loss or a parameter is NaN or infinite and the policy is "raise".
         """
         finite = finished.block.finite
         self._steps += finite.size
         if self._policy == "ignore" or finite.all():
+            if self._policy == "raise" and finished.settled:
+                check_params(finished.carry())
             return
         bad = ~finite
         if self._policy == "skip":
@@ -74,17 +76,8 @@ class Lookout:
             error.rows = rows
             raise error
 
-    def end(self, state: TrainState) -> None:
-        """Looks at what the run ends with, and says once what was left out.
-
-        Args:
-            state: The state after the last step.
-
-        Raises:
-            NonFiniteError: If a parameter is NaN or infinite and the policy is "raise".
-        """
-        if self._policy == "raise":
-            check_params(state)
+    def end(self) -> None:
+        """Says once what was left out."""
         if self._skipped:
             members = _members(np.argwhere(self._members))
             warn(
@@ -94,7 +87,7 @@ class Lookout:
 
 
 def check_params(state: TrainState) -> None:
-    """Refuses the parameters that a run ends with, if no loss has told that they are not finite.
+    """Refuses parameters that are not finite, of which no loss has told.
 
     They are looked at on the host, which holds them already where the device is the CPU: a plan of
     its own would be one more to compile, and one that looks after every step makes it slower.

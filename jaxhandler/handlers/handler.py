@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxhandler.checkpointing.checkpoint import Checkpoint
+from jaxhandler.data.order import check_order
 from jaxhandler.data.sinks import check_sink
 from jaxhandler.data.sources import Source, open_source, resident_source
 from jaxhandler.errors import check_choice
@@ -100,6 +101,7 @@ class Handler:
             >>> count.handle(0, jnp.zeros(5))
             (Array(3, dtype=int32), None)
         """
+        check_order(shuffle, key, scattered=True)  # Before "rows" gets another name.
         options = RESIDENT._replace(shuffle="global" if shuffle == "rows" else shuffle, key=key)
         source = resident_source(data)
         result = self._fold(self.step, consts, carry, source, options, "device")

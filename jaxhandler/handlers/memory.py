@@ -59,6 +59,13 @@ class MemoryPlan:
         auto_size: What `macrobatch_size="auto"` would be now.
         auto_why: What keeps it from being larger.
         device_name: How JAX calls the device.
+
+    Example:
+        >>> import numpy as np, jaxhandler as jh
+        >>> calc = jh.calculator(lambda scale, x: scale * x, batch_size=2)
+        >>> plan = jh.plan_memory(calc, 3.0, np.zeros((8, 4), np.float32), macrobatch_size=4)
+        >>> plan.batch["rows"], plan.macrobatch["rows"], plan.num_macrobatches
+        (32, 64, 2)
     """
 
     num_rows: int

@@ -198,7 +198,7 @@ class Trainer(Handler):
         step = self.step if active.all() else self.stopping_step
         lookout = Lookout(self.on_nonfinite, source)
         result = self._fold(step, (), state, source, options, on_finished=lookout.look)
-        lookout.end(result.carry)
+        lookout.end()
         info: TrainInfo = result.outputs
         if self.program.members is not None:
             info = jax.tree.map(lambda leaf: np.moveaxis(leaf, 0, 1), info)

@@ -55,6 +55,12 @@ def test_a_partition_spec_without_a_mesh_is_refused_with_the_remedy():
         resolve_sharding(P("data"))
 
 
+def test_a_partition_spec_of_axes_that_the_mesh_lacks_is_refused():
+    expected = r"sharding: saw the axis 'rows', expected axes of the mesh, \('data',\)"
+    with jax.set_mesh(jax.make_mesh((4,), ("data",))), pytest.raises(ValueError, match=expected):
+        resolve_sharding(P(("data", "rows")))
+
+
 @pytest.mark.parametrize("sharding", ["data", 0, mesh_of(4)], ids=["text", "number", "mesh"])
 def test_what_is_no_sharding_is_refused(sharding):
     with pytest.raises(

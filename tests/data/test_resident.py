@@ -49,7 +49,7 @@ def test_what_is_not_in_memory_is_no_resident_source(leaf):
 
 
 def test_a_resident_scalar_is_refused():
-    for scalar in (np.zeros((), np.float32), jnp.zeros(())):
+    for scalar in (np.zeros((), np.float32), np.float32(3), jnp.zeros(())):
         with pytest.raises(ValueError, match=r"data\['x'\]: saw a scalar"):
             resident_source({"x": scalar})
 

@@ -385,6 +385,16 @@ def test_an_interrupted_folder_that_somebody_renamed_is_refused(x, tmp_path):
         jh.open_source(tmp_path / "kept")
 
 
+@pytest.mark.parametrize(("out", "column"), [("out", "x.npy"), ("out.zarr", "x")])
+def test_so_is_a_column_of_an_interrupted_output(out, column, x, tmp_path):
+    sink = open_sink(tmp_path / out, specs_of({"x": x}))
+    sink.write(0, [{"x": x[:4]}])
+    sink.abort()
+    assert (tmp_path / f"{out}.partial" / column).exists()
+    with pytest.raises(ValueError, match=f"{column}: saw an interrupted output in {out}.partial"):
+        jh.open_source(tmp_path / f"{out}.partial" / column)
+
+
 def test_an_output_moved_elsewhere_with_its_manifest_opens_there(x, tmp_path):
     write_file(tmp_path / "out.npy", x)
     (tmp_path / "out.npy").rename(tmp_path / "moved.npy")

@@ -37,6 +37,17 @@ def test_parameters_behind_a_finite_loss_are_noticed_whatever_step_broke_them(mo
         tr.train_from_host(start(tr), ROWS, macrobatch_size=8, epochs=2)
 
 
+def test_they_are_noticed_before_they_are_committed(tmp_path):
+    tr = jh.trainer(lambda w, x: jnp.sqrt(jnp.abs(w * x)), optax.sgd(0.1), batch_size=2)
+    state, rows = tr.init(jnp.float32(1), key=KEY), np.ones(12, np.float32)
+    rows[7] = 0
+    checkpoint = jh.checkpoint(tmp_path, every=0)
+    for _ in range(2):
+        with pytest.raises(jh.NonFiniteError, match="params: saw a value .* after step 4"):
+            tr.train_from_host(state, rows, shuffle=None, macrobatch_size=4, checkpoint=checkpoint)
+        assert np.isfinite(jh.load_state(tmp_path, like=state).params)
+
+
 def test_so_are_parameters_that_the_loss_does_not_use():
     grow = optax.chain(
         optax.sgd(1e-3), optax.add_decayed_weights(jnp.inf, {"unused": True, "w": False})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import jaxhandler as jh
 
 WEIGHTS = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-SIZES = (1, 7, 23, 127, 128, 129, 2001)
+SIZES = (1, 7, 23, 127, 128, 129, 10_001)
 
 
 def rows_of(num_rows: int) -> dict[str, np.ndarray]:
@@ -43,11 +43,17 @@ def test_outputs_equal_one_shot_outputs(batch_size, mode, tail):
         data = rows_of(num_rows)
         expected = in_one_shot(data)
         assert_close(calc.calc(WEIGHTS, data), expected)
-        for macrobatch_size in (1, 10, 40, 2_000):
-            if num_rows == 2001 and macrobatch_size * batch_size < 40 and tail == "pad":
+        for macrobatch_size in (1, 10, 40, 10_000):
+            if batch_size == 1 and tail == "pad" and num_rows > 129:
                 continue  # As many macrobatches as with "exact", and no tail to pad.
             outputs = calc.calc_from_host(WEIGHTS, data, macrobatch_size=macrobatch_size)
             assert_close(outputs, expected)
+
+
+def test_rows_on_the_device_are_not_shuffled_without_a_key():
+    visit = jh.handler(lambda carry, x: (carry, x))
+    with pytest.raises(ValueError, match="key: saw None, expected a key for shuffle='rows'"):
+        visit.handle((), np.zeros(3, np.float32), shuffle="rows")
 
 
 @given(

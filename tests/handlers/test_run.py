@@ -72,6 +72,18 @@ def test_an_error_of_a_callback_surfaces_unchanged(hook):
         doubling().calc_from_host((), DATA, macrobatch_size=8, **{hook: stop})
 
 
+@pytest.mark.parametrize("start", ["device", "host"])
+def test_so_does_one_after_a_batch(start):
+    def stop(progress):
+        if progress.batch == 2:
+            raise KeyError("enough")
+
+    calc = doubling(on_batch_finish=stop)
+    run = calc.calc if start == "device" else calc.calc_from_host
+    with pytest.raises(KeyError, match="enough"):
+        run((), DATA)
+
+
 def test_a_failed_run_leaves_nothing_behind_for_the_next():
     calc = doubling()
     with pytest.raises(RuntimeError):

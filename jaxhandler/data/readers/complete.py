@@ -48,13 +48,17 @@ def check_complete(path: Path, columns: Collection[str] | None = None) -> Intact
     if not unfinished.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder.")
     manifest = files.read_manifest(files.manifest_of(unfinished)) or {}
+    raise _interrupted(path, unfinished, manifest)
+
+
+def _interrupted(path: Path, unfinished: Path, manifest: dict[str, Any]) -> ValueError:
     text = explain(
         str(path),
         seen=f"an interrupted output in {unfinished.name}",
         expected=f"all {manifest.get('rows', 'its')} rows and a manifest that says complete",
         fix="Run what wrote it again; it starts over.",
     )
-    raise ValueError(text)
+    return ValueError(text)
 
 
 def _described(
@@ -71,6 +75,8 @@ def _described(
         with contextlib.suppress(ValueError):  # Nor are manifests of others any of our business.
             manifest = files.read_manifest(folder / files.MANIFEST)
         if manifest is not None:
+            if manifest.get("complete") is not True:
+                raise _interrupted(path, folder, manifest)
             inside = path.relative_to(folder).as_posix()
             entries = {
                 name: entry
