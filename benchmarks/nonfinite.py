@@ -93,7 +93,7 @@ def _looking(run: Callable[[], Any], data: Any) -> float:
     lookout = Lookout("raise", resident_source(data))
     start = time.perf_counter()
     lookout.look(finished)
-    lookout.end(state)
+    lookout.end()
     return time.perf_counter() - start
 
 
