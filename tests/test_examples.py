@@ -59,8 +59,17 @@ def test_the_quickstart_runs_on_a_few_rows_and_cleans_up(folder: Path, scratch: 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits itself as Linux lets it")
-def test_the_example_larger_than_memory_stays_within_its_limit(folder: Path, scratch: Path) -> None:
-    printed = run("larger_than_memory.py", folder, LARGER_ROWS="300000", LARGER_EPOCHS="3")
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param({"LARGER_ROWS": "300000", "LARGER_EPOCHS": "3"}, id="small"),
+        pytest.param({}, id="larger", marks=pytest.mark.slow),
+    ],
+)
+def test_the_example_larger_than_memory_stays_within_its_limit(
+    size: dict[str, str], folder: Path, scratch: Path
+) -> None:
+    printed = run("larger_than_memory.py", folder, **size)
     assert accuracy_in(printed) >= 95
     assert "read as such" in printed
     assert [path.name for path in folder.iterdir()] == ["larger_than_memory.png"]
