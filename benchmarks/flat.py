@@ -25,33 +25,19 @@ import numpy as np
 
 import jaxhandler as jh
 from benchmarks.common import RESULTS, arguments, report, watch_memory
-from benchmarks.read import FORMATS
+from benchmarks.read import FORMATS, place
 
 _COLUMNS = ("run", "format", "short MiB", "long MiB", "growth MiB", "of the rows")
 _WIDTH, _INPUTS, _MACROBATCH = 784, 16, 2_000
-_MADE = ("folder of .npy", "TensorStore", "rows one by one", "Grain")
-_SOURCES = (*FORMATS, *_MADE)
+_SOURCES = (*FORMATS, "Grain")
 _SINKS = (".npy", "folder of .npy", ".zarr", ".h5", ".arrow", ".parquet")
-
-
-class _Rows:
-    """Rows that are made one by one."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return np.full(_WIDTH, index, np.float32)
 
 
 def main() -> None:
     """Runs the benchmark."""
     if sys.platform != "linux":
         raise SystemExit("flat.py reads /proc/self/status, which only Linux has.")
-    parser = arguments(__doc__, rounds=1)
+    parser = arguments(__doc__, rounds=5)
     parser.add_argument("--measure", nargs=4, help="RUN FORMAT ROWS FOLDER: one run, prints bytes")
     options = parser.parse_args()
     if options.measure is not None:
@@ -100,14 +86,8 @@ def _in_process(run: str, name: str, count: int, folder: str) -> int:
 
 def _write(name: str, count: int, folder: Path) -> None:
     """Writes the rows that a format is measured with."""
-    if name == "folder of .npy":
-        (folder / "rows").mkdir()
-        _save(folder / "rows" / "x.npy", count, _WIDTH)
-    elif name == "TensorStore":
-        FORMATS[".zarr lz4"].write(folder / "rows.zarr", _values(count, _WIDTH), _MACROBATCH)
-    elif name in FORMATS:
-        path = folder / f"rows{name.split()[0]}"
-        FORMATS[name].write(path, _values(count, _WIDTH), _MACROBATCH)
+    kind = "rows one by one" if name == "Grain" else name
+    FORMATS[kind].write(place(folder, kind), _values(count, _WIDTH), _MACROBATCH)
 
 
 def _values(count: int, width: int) -> np.ndarray:
@@ -118,19 +98,14 @@ def _save(path: Path, count: int, width: int) -> None:
     np.save(path, _values(count, width))
 
 
-def _open(name: str, count: int, folder: Path) -> Any:
-    if name == "rows one by one":
-        return _Rows(count)
-    if name == "Grain":
-        import grain
+def _open(name: str, folder: Path) -> Any:
+    kind = "rows one by one" if name == "Grain" else name
+    opened = FORMATS[kind].opened(place(folder, kind))
+    if name != "Grain":
+        return opened
+    import grain
 
-        return grain.MapDataset.source(_Rows(count))
-    if name == "TensorStore":
-        kvstore = {"driver": "file", "path": f"{folder}/rows.zarr/"}
-        return {"driver": "zarr3", "kvstore": kvstore}
-    if name == "folder of .npy":
-        return folder / "rows"
-    return folder / f"rows{name.split()[0]}"
+    return grain.MapDataset.source(opened)
 
 
 def _measure(run: str, name: str, count: int, folder: Path) -> int:
@@ -139,7 +114,7 @@ def _measure(run: str, name: str, count: int, folder: Path) -> int:
     # JAX's own threads and first arrays are no cost of the run.
     jax.block_until_ready(jax.jit(lambda x: x + 1)(weights))
     if run == "read":
-        source = jh.open_source(_open(name, count, folder))
+        source = jh.open_source(_open(name, folder))
         metric = {"mean": lambda _, rows: sum(leaf.mean(1) for leaf in jax.tree.leaves(rows))}
         validator = jh.validator(metric, batch_size=100)
         with watch_memory() as memory:

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import h5py
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.feather
@@ -49,7 +50,7 @@ from benchmarks.common import (
     spread,
 )
 
-__all__ = ["FORMATS", "Format"]
+__all__ = ["FORMATS", "Format", "place"]
 
 _WIDTH = 784
 _COLUMNS = (
@@ -60,12 +61,34 @@ Peers = dict[str, Callable[[], object]]
 
 
 class Format(NamedTuple):
-    """A format: how rows are written, how its own readers read them, what was promised of ours."""
+    """A format: how rows are written, how its own readers read them, what was promised of ours.
+
+    `opened(path)` is what `jh.open_source` is given.
+    """
 
     write: Callable[[Path, np.ndarray, int], Any]
     own: Callable[[Path, int, int, np.ndarray], Peers]
     of_own: float | None = None
     of_pread: float | None = None
+    opened: Callable[[Path], Any] = lambda path: path
+
+
+class Rows:
+    """Rows of a file one by one, as objects with `__len__` and `__getitem__` give them."""
+
+    def __init__(self, path: Path) -> None:
+        self._rows = np.load(path, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return self._rows[number]
+
+
+def place(folder: Path, name: str) -> Path:
+    """Returns where the rows of a format lie; one whose name has no ending lies in a folder."""
+    return folder / (f"x{name.split()[0]}" if name.startswith(".") else "x")
 
 
 def main() -> None:
@@ -82,7 +105,7 @@ def main() -> None:
         plain = Path(folder) / "pread.npy"
         np.save(plain, values)
         for name in options.formats:
-            path = Path(folder, name, "x").with_suffix(name.split()[0])
+            path = place(Path(folder, name), name)
             path.parent.mkdir()
             FORMATS[name].write(path, values, size)
             for pages in ("warm", "cold"):
@@ -104,8 +127,9 @@ def _row(
     buffer = _aligned(size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Of codecs that are slow: that is what is measured.
-        source = jh.open_source(path)
-    np.testing.assert_array_equal(source.read(size, 2 * size), values[size : 2 * size])
+        source = jh.open_source(kind.opened(path))
+    [found] = jax.tree.leaves(source.read(size, 2 * size))
+    np.testing.assert_array_equal(found, values[size : 2 * size])
 
     def ours() -> None:
         for start in range(0, count, size):
@@ -191,9 +215,32 @@ def _own_npy(path: Path, count: int, size: int, buffer: np.ndarray) -> Peers:
     }
 
 
+def _write_folder(path: Path, values: np.ndarray, size: int) -> None:
+    path.mkdir()
+    _write_npy(path / "x.npy", values, size)
+
+
+def _own_folder(path: Path, count: int, size: int, buffer: np.ndarray) -> Peers:
+    return _own_npy(path / "x.npy", count, size, buffer)
+
+
+def _own_rows(path: Path, count: int, size: int, buffer: np.ndarray) -> Peers:
+    rows = Rows(path / "x.npy")
+
+    def stack(start: int, stop: int) -> None:
+        np.stack([rows[number] for number in range(start, stop)], out=buffer)
+
+    return {"np.stack": _each(count, size, stack)}
+
+
 def _write_npz(path: Path, values: np.ndarray, size: int) -> None:
     with open(path, "wb") as file:
         np.savez(file, x=values)
+
+
+def _write_compressed(path: Path, values: np.ndarray, size: int) -> None:
+    with open(path, "wb") as file:
+        np.savez_compressed(file, x=values)
 
 
 def _own_npz(path: Path, count: int, size: int, buffer: np.ndarray) -> Peers:
@@ -221,9 +268,18 @@ def _own_hdf5(path: Path, count: int, size: int, buffer: np.ndarray) -> Peers:
 def _write_zarr(**options: Any) -> Callable[[Path, np.ndarray, int], None]:
     def write(path: Path, values: np.ndarray, size: int) -> None:
         kind = {"shape": values.shape, "chunks": (size, _WIDTH), "dtype": values.dtype}
-        zarr.create_array(path, **kind, **options)[...] = values
+        zarr.create_array(path, **{**kind, **options})[...] = values
 
     return write
+
+
+def _write_sharded(path: Path, values: np.ndarray, size: int) -> None:
+    chunks = (size // 10, _WIDTH)
+    _write_zarr(compressors=None, chunks=chunks, shards=(size, _WIDTH))(path, values, size)
+
+
+def _tensorstore(path: Path) -> dict[str, Any]:
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}
 
 
 def _own_zarr(path: Path, count: int, size: int, buffer: np.ndarray) -> Peers:
@@ -279,6 +335,18 @@ def _own_parquet(path: Path, count: int, size: int, buffer: np.ndarray) -> Peers
     return {"read_row_group": _each(count, size, read)}
 
 
+def _write_parts(path: Path, values: np.ndarray, size: int) -> None:
+    path.mkdir()
+    for start in range(0, len(values), size):
+        part = path / f"part-{start // size:03}.parquet"
+        _write_parquet(part, values[start : start + size], size)
+
+
+def _own_parts(path: Path, count: int, size: int, buffer: np.ndarray) -> Peers:
+    parts = [_own_parquet(part, size, size, buffer) for part in sorted(path.iterdir())]
+    return {"read_row_group": lambda: [part["read_row_group"]() for part in parts]}
+
+
 def _write_safetensors(path: Path, values: np.ndarray, size: int) -> None:
     safetensors.numpy.save_file({"x": values}, path)
 
@@ -294,7 +362,9 @@ def _own_safetensors(path: Path, count: int, size: int, buffer: np.ndarray) -> P
 _LZ4 = {"compressors": zarr.codecs.BloscCodec(cname="lz4")}
 FORMATS = {
     ".npy": Format(_write_npy, _own_npy, None, 1.15),
+    "folder of .npy": Format(_write_folder, _own_folder),
     ".npz": Format(_write_npz, _own_npz),
+    ".npz deflate": Format(_write_compressed, _own_npz),
     ".safetensors": Format(_write_safetensors, _own_safetensors),
     ".h5 contiguous": Format(_write_hdf5(), _own_hdf5, 1.1, 1.5),
     ".h5 chunked": Format(_write_hdf5(shuffle=False), _own_hdf5),
@@ -302,9 +372,15 @@ FORMATS = {
     ".zarr raw, format 2": Format(_write_zarr(compressors=None, zarr_format=2), _own_zarr, 1.1, 2),
     ".zarr lz4": Format(_write_zarr(**_LZ4), _own_zarr),
     ".zarr zstd": Format(_write_zarr(), _own_zarr),
+    ".zarr sharded": Format(_write_sharded, _own_zarr),
+    "TensorStore": Format(_write_zarr(**_LZ4), _own_zarr, opened=_tensorstore),
     ".arrow": Format(_write_arrow, _own_arrow, 1.1, 2.0),
     ".feather lz4": Format(_write_feather, _own_arrow),
     ".parquet": Format(_write_parquet, _own_parquet),
+    "parts of .parquet": Format(_write_parts, _own_parts),
+    "rows one by one": Format(
+        _write_folder, _own_rows, opened=lambda folder: Rows(folder / "x.npy")
+    ),
 }
 
 
