@@ -37,6 +37,7 @@ class _Policy(NamedTuple):
     narrowing: str
     missing_chunks: str
     columns: Collection[str] | None
+    said: set[str]  # What of arrays that were open already has been warned of.
 
 
 def open_source(
@@ -64,7 +65,8 @@ def open_source(
       name, nested as groups are. Lists of one fixed size and fixed-shape tensors become the axes
       after the rows;
     - paths of folders: of `.npy` files (a dict, one column each), of Parquet or Arrow files (the
-      parts of one table, in the order of their names), of a Zarr array or group;
+      parts of one table, in the order of their names; where these count, 00000, 00001, 00003, none
+      may be left out), of a Zarr array or group;
     - URLs, and TensorStore specs (dicts with a "driver"), which TensorStore reads.
 
     HDF5, Zarr, Parquet, Arrow and TensorStore need the extra `io`. Rows that lie in a file as they
@@ -84,7 +86,9 @@ def open_source(
             a run begins for arrays in memory and files up to 256 MiB, else when its rows are read.
         missing_chunks: What a chunk of a Zarr array does that is not in its store: "raise", because
             it may be lost, or "fill" with the array's fill value, because many writers leave out
-            chunks that hold nothing else. TensorStore's other chunked formats follow it, too.
+            chunks that hold nothing else. TensorStore's other chunked formats follow it, too, and
+            rows of HDF5 datasets that were never written. These raise where a missing chunk does:
+            before a run begins, and when they are read; other rows can be read.
         columns: Names of columns; others at the top level of a mapping, a folder or a file are not
             looked at, whatever they hold. None opens all, and so does a name that is not there.
         argument: How messages call `data`.
@@ -98,7 +102,7 @@ def open_source(
         TypeError: If a leaf is no array or has a type JAX does not have: text, dates, nested or
             ragged columns.
         ValueError: If leaves disagree about `N`; if a file is damaged, cut, incomplete or changed
-            since it was opened; if a column holds nulls, or parts of a table differ.
+            since it was opened; if a column holds nulls, or parts of a table differ or are missing.
 
     Example:
         >>> import h5py, zarr
@@ -130,7 +134,7 @@ def open_source(
     if isinstance(data, Source):
         return data
     check_choice("missing_chunks", missing_chunks, ("raise", "fill"))
-    policy = _Policy(narrowing, missing_chunks, columns)
+    policy = _Policy(narrowing, missing_chunks, columns, set())
     return combine(
         _chosen(data, columns), argument, lambda name, leaf: _open_leaf(name, leaf, policy)
     )
@@ -162,7 +166,8 @@ def _open_leaf(name: str, leaf: Any, policy: _Policy) -> Source:
         return leaf
     if is_spec(leaf) or is_url(leaf) or _is_instance(leaf, "tensorstore", "TensorStore"):
         called = leaf if isinstance(leaf, str) else name
-        return _read_by(tensorstore_reader(called, leaf, policy.missing_chunks), policy)
+        reader = tensorstore_reader(called, leaf, policy.missing_chunks, policy.said)
+        return _read_by(reader, policy)
     if isinstance(leaf, str | os.PathLike):
         return _open_path(Path(leaf), policy)
     if isinstance(leaf, jax.Array):
@@ -172,9 +177,9 @@ def _open_leaf(name: str, leaf: Any, policy: _Policy) -> Source:
         check_dtype(name, leaf, "allow")  # A mask would be lost.
         return _read_by(array_reader(name, leaf), policy)
     if _is_instance(leaf, "h5py", "Dataset"):
-        return _read_by(dataset_reader(name, leaf), policy)
+        return _read_by(dataset_reader(name, leaf, policy.missing_chunks, policy.said), policy)
     if _is_instance(leaf, "zarr", "Array"):
-        return _read_by(zarr_array_reader(name, leaf, policy.missing_chunks), policy)
+        return _read_by(zarr_array_reader(name, leaf, policy.missing_chunks, policy.said), policy)
     if all(hasattr(leaf, part) for part in ("shape", "dtype", "__getitem__")):
         return _read_by(slicing_reader(name, leaf), policy)
     if is_row_source(leaf):

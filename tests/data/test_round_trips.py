@@ -24,6 +24,7 @@ DTYPES += [np.float32]
 
 each_ending = pytest.mark.parametrize("ending", ENDINGS)
 each_tree = pytest.mark.parametrize("ending", TREES)
+refusal = pytest.mark.usefixtures("compiles_nothing")
 
 
 def leaves_of(tree):
@@ -103,6 +104,7 @@ def test_scattered_rows_are_read(ending, tmp_path):
 # Damage that the manifest tells.
 
 
+@refusal
 @each_ending
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"")])
 def test_a_file_that_is_missing_or_cut_is_refused(ending, damage, tmp_path):

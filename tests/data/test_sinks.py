@@ -24,6 +24,10 @@ from tests.data.formats import ENDINGS, read_back
 
 ROOT = Path(jh.__file__).parents[1]
 
+refusal = pytest.mark.usefixtures("compiles_nothing")
+# Tracing counts as compiling.
+KEYS = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 3))
+
 
 def specs_of(tree):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
@@ -193,18 +197,20 @@ def test_a_write_of_more_pieces_than_one_system_call_takes_is_whole(tmp_path):
 # What is refused before any work.
 
 
+@refusal
 def test_a_tree_is_refused_by_a_single_npy_file(x, tmp_path):
     with pytest.raises(ValueError, match=r"out: saw 2 output leaves, expected one .*folder"):
         open_sink(tmp_path / "out.npy", specs_of({"a": x, "b": x}))
     assert os.listdir(tmp_path) == []
 
 
+@refusal
 def test_random_keys_are_refused_by_host_memory():
-    specs = jax.eval_shape(lambda: {"key": jax.random.split(jax.random.key(0), 3)})
     with pytest.raises(TypeError, match=r"outputs\['key'\]: saw random keys.*key_data"):
-        open_sink(None, specs)
+        open_sink(None, {"key": KEYS})
 
 
+@refusal
 @pytest.mark.parametrize(
     "tree",
     [{"a/b": 0}, {"..": {"/x": 0}}, {"a.b": 0, "a": {"b": 0}}, {"": 0, "outputs": 0}],
@@ -217,18 +223,21 @@ def test_leaf_names_that_make_no_file_names_are_refused(tree, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@refusal
 @pytest.mark.parametrize("out", [3, np.zeros(3), ["out.npy"], b"out.npy"], ids=str)
 def test_what_is_no_path_is_refused(out):
     with pytest.raises(TypeError, match="out: saw an? .*, expected a path, or None"):
         check_sink(out)
 
 
+@refusal
 def test_an_unknown_ending_is_refused(tmp_path):
     message = r"out: saw the ending '.csv', expected .npy, .*, or none for a folder"
     with pytest.raises(ValueError, match=message):
         check_sink(tmp_path / "out.csv")
 
 
+@refusal
 def test_a_sink_among_the_columns_that_are_read_is_refused(x, tmp_path):
     np.save(tmp_path / "x.npy", x)
     for data in (tmp_path, str(tmp_path), {"x": x, "y": [tmp_path]}):
@@ -247,6 +256,7 @@ def test_what_is_no_column_may_lie_in_the_folder_that_is_read(out, x, tmp_path):
     check_sink(tmp_path / out, tmp_path)
 
 
+@refusal
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"the folder {tmp_path / 'no'} does not exist"):
         check_sink(tmp_path / "no" / "out.npy")
@@ -264,6 +274,7 @@ FOREIGN = {
 }
 
 
+@refusal
 @pytest.mark.parametrize("case", FOREIGN)
 def test_what_others_wrote_is_not_deleted(case, x, tmp_path):
     out, precious = FOREIGN[case]
@@ -302,6 +313,7 @@ def write_anew(path, array):
     sink.publish()
 
 
+@refusal
 @OUTS
 def test_an_aborted_output_is_absent_and_is_refused_with_a_clear_message(out, x, tmp_path):
     sink = open_sink(tmp_path / out, specs_of(x))
@@ -363,6 +375,7 @@ def test_columns_of_an_earlier_output_do_not_stay_behind(x, tmp_path):
     assert set(jh.open_source(tmp_path / "out").specs) == {"a"}
 
 
+@refusal
 def test_a_file_that_was_cut_since_is_refused_by_its_manifest(x, tmp_path):
     write_file(tmp_path / "out.npy", x)
     np.save(tmp_path / "out.npy", x[:3])
@@ -370,6 +383,7 @@ def test_a_file_that_was_cut_since_is_refused_by_its_manifest(x, tmp_path):
         jh.open_source(tmp_path / "out.npy")
 
 
+@refusal
 def test_a_folder_that_lost_a_column_is_refused_by_its_manifest(x, tmp_path):
     tree = {"a": x, "b": x}
     write_all(open_sink(tmp_path / "out", specs_of(tree)), tree)
@@ -378,6 +392,7 @@ def test_a_folder_that_lost_a_column_is_refused_by_its_manifest(x, tmp_path):
         jh.open_source(tmp_path / "out")
 
 
+@refusal
 def test_an_interrupted_folder_that_somebody_renamed_is_refused(x, tmp_path):
     open_sink(tmp_path / "out", specs_of(x)).abort()
     (tmp_path / "out.partial").rename(tmp_path / "kept")

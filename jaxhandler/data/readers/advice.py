@@ -1,38 +1,66 @@
 """What would read faster: one warning for slow codecs, one for chunks that reads do not fit."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxhandler.errors import explain, warn
 
-__all__ = ["Watch", "warn_of_codec"]
+__all__ = ["Codec", "Watch", "codec_of", "warn_of_codecs"]
 
-_SLOW = frozenset({"brotli", "bz2", "deflate", "gzip", "lzf", "lzma", "szip", "zlib"})
+# Its name, and its level where that is known.
+Codec = tuple[str, Any]
+
+_SLOW = frozenset(
+    {"brotli", "bz2", "bzip2", "deflate", "gzip", "lzf", "lzma", "szip", "xz", "zlib"}
+)
 _HIGH_LEVEL = 10
+_HIGHEST_BLOSC = 9
 _MANY = 1000
 
 
-def warn_of_codec(name: str, codec: str, level: Any = None) -> bool:
-    """Warns if reading is slow because of how rows were compressed.
+def codec_of(entry: Mapping[str, Any]) -> Codec:
+    """Returns the codec that an entry in the metadata of Zarr or N5 is.
+
+    Args:
+        entry: As stored: with an "id" (Zarr 2), a "name" and a "configuration" (Zarr 3), or a
+            "type" (N5).
+
+    Returns:
+        Its name, of Blosc that of the codec inside, and its level.
+
+    Example:
+        >>> codec_of({"id": "blosc", "cname": "zstd", "clevel": 5})
+        ('zstd', 9)
+        >>> codec_of({"name": "numcodecs.lzma", "configuration": {"preset": 6}})
+        ('lzma', None)
+    """
+    name = next((str(entry[key]) for key in ("name", "id", "type") if key in entry), "")
+    options = entry.get("configuration", entry)
+    level = options.get("level")
+    if name == "blosc":
+        # What Blosc makes of its own levels for Zstandard.
+        name, level = options["cname"], options["clevel"]
+        level = 22 if level == _HIGHEST_BLOSC else 2 * level - 1
+    return name.rpartition(".")[2], level
+
+
+def warn_of_codecs(name: str, codecs: Iterable[Codec], said: set[str] | None = None) -> None:
+    """Warns of the first codec that makes reading slow.
 
     Args:
         name: How messages call the file or array.
-        codec: The codec's name.
-        level: Its level, where that is known.
-
-    Returns:
-        Whether it warned.
-
-    Example:
-        >>> warn_of_codec("x.zarr", "lz4")
-        False
+        codecs: Those that its rows were compressed by.
+        said: As in `Watch`.
     """
-    high = codec == "zstd" and isinstance(level, int) and level >= _HIGH_LEVEL
-    if not high and codec not in _SLOW:
-        return False
-    seen = f"rows compressed by {codec}" + (f" at level {level}" if high else "")
-    fix = "Runs will wait for it; write rows that are read often uncompressed, or with LZ4."
-    warn(explain(name, seen=seen, expected="a codec as fast as the disk", fix=fix))
-    return True
+    said = set() if said is None else said
+    for codec, level in codecs:
+        high = codec == "zstd" and isinstance(level, int) and level >= _HIGH_LEVEL
+        if "codecs" in said or not (high or codec in _SLOW):
+            continue
+        said.add("codecs")
+        seen = f"rows compressed by {codec}" + (f" at level {level}" if high else "")
+        fix = "Runs will wait for it; write rows that are read often uncompressed, or with LZ4."
+        warn(explain(name, seen=seen, expected="a codec as fast as the disk", fix=fix))
 
 
 class Watch:
@@ -43,7 +71,8 @@ class Watch:
     Args:
         name: How messages call the file or array.
         unit: What its format calls chunks.
-        said: What has been warned of, shared by the columns of a file: one of them speaks for all.
+        said: What has been warned of, shared by the columns of a file or of arrays that were opened
+            together: one of them speaks for all.
     """
 
     def __init__(self, name: str, unit: str = "chunks", said: set[str] | None = None) -> None:
@@ -61,7 +90,7 @@ class Watch:
             chunks: In how many pieces these lie.
         """
         self._decoded, self._asked = self._decoded + blocks * rows, self._asked + asked
-        if self._said:
+        if self._unit in self._said:
             return
         if self._decoded - self._asked > max(self._asked // 2, 2 * rows):
             seen = f"{self._unit} of {rows} rows, read {asked} at a time"

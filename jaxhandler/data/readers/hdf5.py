@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from jaxhandler.data.buffers import aligned_empty
-from jaxhandler.data.readers.advice import Watch, warn_of_codec
+from jaxhandler.data.readers.advice import Codec, Watch, warn_of_codecs
 from jaxhandler.data.readers.flat import scattered
+from jaxhandler.data.readers.hdf5_parts import all_written, check_parts, check_written
 from jaxhandler.data.readers.intact import FOREIGN, Intact
 from jaxhandler.data.readers.npy import rows_at, unreadable
 from jaxhandler.data.readers.reader import (
@@ -32,13 +33,14 @@ _CODECS = {1: "gzip", 4: "szip", 307: "bz2", 32000: "lzf", 32015: "zstd"}
 _PIECE, _LARGEST_PIECE = 2**20, 2**26
 
 
-def hdf5_reader(path: Path, intact: Intact = FOREIGN) -> Any:
+def hdf5_reader(path: Path, missing: str, intact: Intact = FOREIGN) -> Any:
     """Returns the readers of an HDF5 file's datasets, in dicts as its groups are.
 
     A single dataset stands for itself. Soft and external links are not followed.
 
     Args:
         path: The file.
+        missing: As in `dataset_reader`.
         intact: What tells that its bytes are those that were written.
 
     Returns:
@@ -48,7 +50,7 @@ def hdf5_reader(path: Path, intact: Intact = FOREIGN) -> Any:
         FileNotFoundError: If there is no such file.
         ImportError: If h5py is not installed.
         ValueError: If it is no whole HDF5 file, is open for writing, needs a filter that is not
-            installed, or lacks a part of a virtual dataset.
+            installed, or lacks a part of a virtual or an external dataset.
     """
     h5py = extra("h5py", str(path))
     stamp = stamp_of(path.stat())
@@ -67,30 +69,21 @@ def hdf5_reader(path: Path, intact: Intact = FOREIGN) -> Any:
             datasets = [item for item in datasets if isinstance(item, h5py.Dataset)]
             for dataset in datasets:
                 keys = dataset.name.strip("/").split("/")
-                columns.append((keys, _reader(path, keys, dataset, stamp, said, intact)))
-            # One warning, however many datasets give reason for it.
-            any(
-                warn_of_codec(str(path), *codec)
-                for dataset in datasets
-                for codec in _codecs(dataset)
-            )
-    except OSError as error:
+                columns.append((keys, _reader(path, keys, dataset, stamp, missing, said, intact)))
+            codecs = [codec for dataset in datasets for codec in _codecs(dataset)]
+            warn_of_codecs(str(path), codecs, said)
+    except (OSError, RuntimeError) as error:
         raise damaged(str(path), "HDF5", error) from error
     return nested(path, columns)
 
 
-def dataset_reader(
-    name: str,
-    dataset: Any,
-    opened: Callable[[], AbstractContextManager[Any]] | None = None,
-    said: set[str] | None = None,
-) -> Reader:
-    """Returns the reader of an HDF5 dataset, through h5py.
+def dataset_reader(name: str, dataset: Any, missing: str, said: set[str] | None = None) -> Reader:
+    """Returns the reader of an HDF5 dataset that its owner keeps open.
 
     Args:
         name: How messages call it.
         dataset: An open `h5py.Dataset`.
-        opened: Opens it again for each read; None where its owner keeps it open.
+        missing: "raise" or "fill": what rows do that were never written.
         said: As in `Watch`.
 
     Returns:
@@ -98,27 +91,55 @@ def dataset_reader(
 
     Raises:
         ValueError: If it has no shape, needs a filter that is not installed, or lacks a part of a
-            virtual dataset; on reading, if it is damaged.
+            virtual or an external dataset; on reading, if it is damaged or lacks rows.
     """
+    opened = lambda: contextlib.nullcontext(dataset)  # noqa: E731
+    reader = _through_h5py(name, dataset, opened, missing, said)
+    warn_of_codecs(name, _codecs(dataset), said)
+    return reader
+
+
+def _through_h5py(
+    name: str,
+    dataset: Any,
+    opened: Callable[[], AbstractContextManager[Any]],
+    missing: str,
+    said: set[str] | None,
+) -> Reader:
     stored = _stored(name, dataset)
     if stored.dtype.hasobject or not stored.shape:
         return Reader(name, stored, unreadable(name))
     _check_filters(name, dataset)
-    _check_parts(name, dataset)
-    opened = opened or (lambda: contextlib.nullcontext(dataset))
+    check_parts(name, dataset)
     num_rows, *row_shape = stored.shape
     row_bytes = max(math.prod(row_shape) * stored.dtype.itemsize, 1)
     chunk, *widths = dataset.chunks or (0,)
     across = math.prod(-(-size // width) for size, width in zip(row_shape, widths, strict=False))
     watch = Watch(name, said=said)
+    # What has been written stays so: it is not looked for again.
+    written = missing == "fill" or not dataset.size or dataset.is_virtual or bool(dataset.external)
+
+    def look(dataset: Any, start: int, stop: int) -> None:
+        nonlocal written
+        check_parts(name, dataset)
+        written = written or all_written(dataset)
+        if not written:
+            check_written(name, dataset, start, stop)
 
     def fill(dataset: Any, rows: np.ndarray, start: int) -> None:
         stop = start + len(rows)
-        _check_parts(name, dataset)
         try:
+            look(dataset, start, stop)
             dataset.read_direct(rows, np.s_[start:stop])
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise damaged(name, "HDF5", f"{error}, in rows {start} to {stop}") from error
+
+    def check() -> None:
+        try:
+            with opened() as dataset:
+                look(dataset, 0, num_rows)
+        except RuntimeError as error:
+            raise damaged(name, "HDF5", error) from error
 
     def read(start: int, stop: int) -> np.ndarray:
         rows = aligned_empty((stop - start, *row_shape), stored.dtype)
@@ -148,11 +169,17 @@ def dataset_reader(
                 rows[positions] = rows_there[wanted - low]
         return rows
 
-    return Reader(name, stored, read, take, fresh=True)
+    return Reader(name, stored, read, take, fresh=True, check=check)
 
 
 def _reader(
-    path: Path, keys: list[str], dataset: Any, stamp: Stamp, said: set[str], intact: Intact
+    path: Path,
+    keys: list[str],
+    dataset: Any,
+    stamp: Stamp,
+    missing: str,
+    said: set[str],
+    intact: Intact,
 ) -> Reader:
     name = str(path) + "".join(f"[{key!r}]" for key in keys)
     offset = _offset(dataset)
@@ -169,7 +196,7 @@ def _reader(
         with h5py.File(path, "r") as file:
             yield file["/".join(keys)]
 
-    return dataset_reader(name, dataset, opened, said)
+    return _through_h5py(name, dataset, opened, missing, said)
 
 
 def _stored(name: str, dataset: Any) -> Stored:
@@ -199,7 +226,7 @@ def _filters(dataset: Any) -> list[tuple[int, tuple[int, ...]]]:
     return [(code, values) for code, _, values, _ in filters]
 
 
-def _codecs(dataset: Any) -> list[tuple[str, int | None]]:
+def _codecs(dataset: Any) -> list[Codec]:
     return [
         (_CODECS[code], next(iter(values), None))
         for code, values in _filters(dataset)
@@ -216,17 +243,3 @@ def _check_filters(name: str, dataset: Any) -> None:
             seen = f"rows compressed by the HDF5 filter {code}"
             text = explain(name, seen=seen, expected="a filter that is installed", fix=fix)
             raise ValueError(text)
-
-
-def _check_parts(name: str, dataset: Any) -> None:
-    """Refuses a virtual dataset whose parts are not there: HDF5 would read zeros."""
-    if not dataset.is_virtual:
-        return
-    folder = Path(dataset.file.filename).parent
-    for source in dataset.virtual_sources():
-        part = source.file_name
-        if part == "." or "%" in part or (folder / part).exists() or Path(part).exists():
-            continue
-        fix = "Put it back beside the file that names it."
-        seen, expected = f"no file {part}", "every part of a virtual dataset"
-        raise ValueError(explain(name, seen=seen, expected=expected, fix=fix))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxhandler.data.buffers import aligned_empty
-from jaxhandler.data.readers.advice import warn_of_codec
+from jaxhandler.data.readers.advice import warn_of_codecs
 from jaxhandler.data.readers.npy import header, rows_at, unreadable
 from jaxhandler.data.readers.reader import (
     Reader,
@@ -66,7 +66,7 @@ def npz_reader(path: Path) -> Any:
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise damaged(str(path), ".npz", error) from error
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        warn_of_codec(str(path), "deflate")
+        warn_of_codecs(str(path), [("deflate", None)])
     return nested(path, columns)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxhandler.data.readers.advice import warn_of_codec
+from jaxhandler.data.readers.advice import warn_of_codecs
 from jaxhandler.data.readers.blocks import block_reader
 from jaxhandler.data.readers.intact import FOREIGN, Intact
 from jaxhandler.data.readers.reader import (
@@ -190,4 +190,4 @@ def _warn_of_codecs(name: str, parts: Sequence[_Part]) -> None:
     """Warns once of the first slow codec; the first row group of a file speaks for all."""
     groups = [part.metadata.row_group(0) for part in parts if part.metadata.num_row_groups]
     codecs = {group.column(i).compression for group in groups for i in range(group.num_columns)}
-    any(warn_of_codec(name, codec.lower()) for codec in sorted(codecs))
+    warn_of_codecs(name, [(codec.lower(), None) for codec in sorted(codecs)])

@@ -86,20 +86,11 @@ def stored_as(name: str, field: Any, num_rows: int, first_rows: Callable[[str], 
         shape, inner = (*shape, inner.list_size), inner.value_type
     if types.is_boolean(inner) or types.is_integer(inner) or types.is_floating(inner):
         return Stored(shape, np.dtype(_FLOATS.get(str(inner), str(inner))))
-    seen = f"a column of {field.type}"
-    if types.is_list(inner) or types.is_large_list(inner):
-        length, row = "length", None
-        if inner is field.type and num_rows:
-            length, row = _ragged(first_rows(field.name))
-        seen += f", whose row {row} is not as long as row 0" if row is not None else ""
-        fix = f"Cast the column to pyarrow.list_({inner.value_type}, {length})."
-        fix = fix if row is None else f"Pad the lists. {fix}"
-    elif types.is_nested(inner):
-        fix = "Make a column of each field, with table.flatten() for instance."
-    elif types.is_temporal(inner) or types.is_decimal(inner):
-        fix = "Cast it to a number, less an offset where float32 could not tell values apart."
-    else:
-        fix = "Encode it as integers, or leave the column out."
+    seen, length, row = f"a column of {field.type}", shape[-1] if shape[1:] else "length", None
+    if inner is field.type and num_rows and _is_list(inner):
+        length, row = _ragged(first_rows(field.name))
+    seen += f", whose row {row} is not as long as row 0" if row is not None else ""
+    fix = ("" if row is None else "Pad the lists. ") + _advice(field.type, length)
     raise TypeError(explain(f"{name}[{field.name!r}]", seen=seen, expected=_EXPECTED, fix=fix))
 
 
@@ -157,6 +148,36 @@ def flattened(name: str, array: Any, first_row: int) -> Any:
             return array
         per_row *= max(array.type.list_size, 1)
         array = array.flatten()
+
+
+def _advice(kind: Any, length: int | str) -> str:
+    """Returns what to do about a column, which depends on what its lists hold in the end."""
+    import pyarrow as pa
+
+    types, value, depth = pa.types, kind, 0
+    while _is_list(value) or types.is_fixed_size_list(value):
+        value, depth = value.value_type, depth + 1
+    if types.is_nested(value):
+        if not depth:
+            return "Make a column of each field, with table.flatten() for instance."
+        if depth > 1 or not (types.is_struct(value) and value.num_fields):
+            return "Make a column of lists of each field."
+        values = f"column.combine_chunks().flatten().field({value.field(0).name!r})"
+        lists = f"pyarrow.FixedSizeListArray.from_arrays({values}, {length})"
+        return f"Make a column of lists of each field, such as {lists}."
+    if types.is_temporal(value) or types.is_decimal(value):
+        return "Cast it to a number, less an offset where float32 could not tell values apart."
+    if not (types.is_boolean(value) or types.is_integer(value) or types.is_floating(value)):
+        return "Encode it as integers, or leave the column out."
+    if depth > 1:
+        return "Cast it to lists of one fixed size, those inside too."
+    return f"Cast the column to pyarrow.list_({value}, {length})."
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _permuted(kind: Any) -> bool:

@@ -4,6 +4,7 @@ TensorStore asks for all chunks of a read at once, as many as its context allows
 """
 
 import copy
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxhandler.data.buffers import aligned_empty
+from jaxhandler.data.readers.advice import Codec, Watch, codec_of, warn_of_codecs
 from jaxhandler.data.readers.npy import unreadable
 from jaxhandler.data.readers.reader import Reader, Stored
 from jaxhandler.errors import explain, extra
@@ -38,7 +40,7 @@ def is_spec(data: Any) -> bool:
     return isinstance(driver, str) and not Path(driver).suffix
 
 
-def tensorstore_reader(name: str, data: Any, missing: str) -> Reader:
+def tensorstore_reader(name: str, data: Any, missing: str, said: set[str] | None = None) -> Reader:
     """Returns the reader of an array that TensorStore opens.
 
     Args:
@@ -46,6 +48,7 @@ def tensorstore_reader(name: str, data: Any, missing: str) -> Reader:
         data: A URL, a spec, or an open `tensorstore.TensorStore`.
         missing: "raise" or "fill": what a chunk does that is not there; for an open one that has
             been settled.
+        said: As in `Watch`.
 
     Returns:
         Its reader.
@@ -61,6 +64,13 @@ def tensorstore_reader(name: str, data: Any, missing: str) -> Reader:
     if stored.dtype.hasobject or not stored.shape:
         return Reader(name, stored, unreadable(name))
     store = store[ts.d[:].translate_to[0]]
+    said = set() if said is None else said
+    warn_of_codecs(name, _codecs(store), said)
+    watch = Watch(name, said=said)
+    size, origin, across = _grid(store)
+
+    def note(asked: int, blocks: int) -> None:
+        watch.count(asked, blocks, min(size, stored.shape[0]), blocks * across)
 
     def fetch(selection: Any, count: int, what: str) -> np.ndarray:
         rows = aligned_empty((count, *stored.shape[1:]), stored.dtype)
@@ -78,12 +88,49 @@ def tensorstore_reader(name: str, data: Any, missing: str) -> Reader:
         return rows
 
     def read(start: int, stop: int) -> np.ndarray:
+        note(stop - start, -((origin - stop) // size) - (start - origin) // size)
         return fetch(slice(start, stop), stop - start, f"rows {start} to {stop}")
 
     def take(indices: np.ndarray) -> np.ndarray:
+        note(len(indices), np.unique((indices - origin) // size).size)
         return fetch(indices, len(indices), "scattered rows")
 
     return Reader(name, stored, read, take, fresh=True, costly=True)
+
+
+def _codecs(store: Any) -> list[Codec]:
+    """Returns the codecs of Zarr and N5; other drivers compress images, or not at all."""
+    found = store.codec.to_json() if store.codec is not None else {}
+    entries = [found[key] for key in ("compressor", "compression") if found.get(key)]
+    entries += found.get("codecs", ())
+    for entry in entries:
+        # Those inside of a shard.
+        entries += entry.get("configuration", {}).get("codecs", ())
+    return [codec_of(entry) for entry in entries]
+
+
+def _grid(store: Any) -> tuple[int, int, int]:
+    """Returns the rows of a chunk, the row where one begins, and how many chunks hold a row.
+
+    Where no chunks are known, or they stay decoded, they count as if each were a row.
+    """
+    layout = store.chunk_layout
+    size, *widths = layout.read_chunk.shape or (None,)
+    if not size or not all(store.shape) or _keeps_chunks(store):
+        return 1, 0, 0
+    across = (
+        -(-full // (width or full)) for full, width in zip(store.shape[1:], widths, strict=True)
+    )
+    return size, layout.grid_origin[0] or 0, math.prod(across)
+
+
+def _keeps_chunks(store: Any) -> bool:
+    try:
+        context = store.spec(retain_context=True).to_json().get("context", {})
+    except (ValueError, NotImplementedError):  # Not all drivers have one.
+        return False
+    pools = (context[key] for key in context if key.partition("#")[0] == "cache_pool")
+    return any(isinstance(pool, dict) and pool.get("total_bytes_limit") for pool in pools)
 
 
 def _open(ts: Any, name: str, data: Any, missing: str) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxhandler.data.buffers import aligned_copy
 from jaxhandler.data.columns import slicing_reader
-from jaxhandler.data.readers.advice import warn_of_codec
+from jaxhandler.data.readers.advice import Codec, codec_of, warn_of_codecs
 from jaxhandler.data.readers.flat import Place, flat_reader
 from jaxhandler.data.readers.intact import FOREIGN, Intact
 from jaxhandler.data.readers.npy import unreadable
@@ -19,7 +19,6 @@ from jaxhandler.errors import extra
 __all__ = ["is_zarr", "zarr_array_reader", "zarr_reader"]
 
 _METADATA = ("zarr.json", ".zarray", ".zgroup")
-_HIGHEST_BLOSC = 9
 
 
 def is_zarr(path: Path) -> bool:
@@ -51,18 +50,18 @@ def zarr_reader(path: Path, missing: str, intact: Intact = FOREIGN) -> Any:
     for keys, array in arrays:
         name = str(path) + "".join(f"[{key!r}]" for key in keys)
         columns.append((keys, _reader(name, array, missing, said, intact)))
-    # One warning, however many arrays give reason for it.
-    any(warn_of_codec(str(path), *codec) for _, array in arrays for codec in _codecs(array))
+    warn_of_codecs(str(path), [codec for _, array in arrays for codec in _codecs(array)], said)
     return nested(path, columns)
 
 
-def zarr_array_reader(name: str, array: Any, missing: str) -> Reader:
+def zarr_array_reader(name: str, array: Any, missing: str, said: set[str] | None = None) -> Reader:
     """Returns the reader of an open Zarr array.
 
     Args:
         name: How messages call it.
         array: A `zarr.Array`.
         missing: As in `zarr_reader`.
+        said: As in `Watch`.
 
     Returns:
         Its reader; it holds no file open.
@@ -70,8 +69,9 @@ def zarr_array_reader(name: str, array: Any, missing: str) -> Reader:
     Raises:
         ValueError: On reading, if a chunk is missing or damaged.
     """
-    reader = _reader(name, array, missing, set(), FOREIGN)
-    any(warn_of_codec(name, *codec) for codec in _codecs(array))
+    said = set() if said is None else said
+    reader = _reader(name, array, missing, said, FOREIGN)
+    warn_of_codecs(name, _codecs(array), said)
     return reader
 
 
@@ -143,20 +143,8 @@ def _as_in_memory(array: Any) -> bool:
     return serializer["name"] == "bytes" and endian == "little"
 
 
-def _codecs(array: Any) -> list[tuple[str, int | None]]:
-    """Returns the names and levels of an array's compressors."""
-    found = []
-    for codec in array.compressors:
-        if hasattr(codec, "to_dict"):
-            entry = codec.to_dict()
-            name, options = entry["name"], entry.get("configuration", {})
-        else:
-            options = codec.get_config()
-            name = options["id"]
-        level = options.get("level")
-        if name == "blosc":
-            # What Blosc makes of its own levels for Zstandard.
-            name, level = options["cname"], options["clevel"]
-            level = 22 if level == _HIGHEST_BLOSC else 2 * level - 1
-        found.append((name.rpartition(".")[2], level))
-    return found
+def _codecs(array: Any) -> list[Codec]:
+    return [
+        codec_of(codec.to_dict() if hasattr(codec, "to_dict") else codec.get_config())
+        for codec in array.compressors
+    ]

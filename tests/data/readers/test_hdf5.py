@@ -180,6 +180,206 @@ def test_a_missing_part_of_a_virtual_dataset_is_refused(x, tmp_path, path):
         source.read(0, 25)
 
 
+# What was never written.
+
+
+def chunked(file, x, **options):
+    dataset = file.create_dataset("x", x.shape, x.dtype, chunks=(10, 3), **options)
+    dataset[:10], dataset[30:] = x[:10], x[30:]
+
+
+def one_column_of_chunks(file, x):
+    dataset = file.create_dataset("x", x.shape, x.dtype, chunks=(10, 2))
+    dataset[:, :2] = x[:, :2]
+    dataset[:10] = x[:10]
+
+
+def appended(file, x, **options):
+    dataset = file.create_dataset("x", data=x[:8], maxshape=(None, 3), chunks=(7, 3), **options)
+    for stop in (16, 24, 32, 40):
+        dataset.resize(stop, axis=0)
+        dataset[stop - 8 : stop] = x[stop - 8 : stop]
+
+
+def grown(file, x):
+    appended(file, x)
+    file["x"].resize(60, axis=0)
+
+
+def cut_and_grown(file, x):
+    appended(file, x)
+    file["x"].resize(14, axis=0)
+    file["x"].resize(40, axis=0)
+
+
+def kept_early(file, x):
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    file.create_dataset("x", x.shape, x.dtype, dcpl=plist)[:] = x
+
+
+def kept_as_needed(file, x):
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_alloc_time(h5py.h5d.ALLOC_TIME_INCR)
+    file.create_dataset("x", x.shape, x.dtype, chunks=(7, 2), dcpl=plist)[:] = x
+
+
+PARTLY = {
+    "chunks": (chunked, "no chunk for rows 10 to 20,", 10),
+    "compressed chunks": (lambda f, x: chunked(f, x, compression="lzf"), "rows 10 to 20,", 10),
+    "a column of chunks": (one_column_of_chunks, "no chunk for rows 10 to 20,", 10),
+    "all chunks": (
+        lambda f, x: f.create_dataset("x", x.shape, x.dtype, chunks=(9, 3)),
+        "no chunk for rows 0 to 9,",
+        0,
+    ),
+    "all rows": (lambda f, x: f.create_dataset("x", x.shape, x.dtype), "rows 0 to 40 never", 0),
+    "rows that it has grown by": (grown, "no chunk for rows 42 to 49,", 42),
+    "rows that were cut": (cut_and_grown, "no chunk for rows 14 to 21,", 14),
+}
+WRITTEN = {
+    **LAYOUTS,
+    "one chunk": lambda file, x: file.create_dataset("x", data=x, chunks=(40, 3)),
+    "gzip": lambda file, x: file.create_dataset("x", data=x * 0, chunks=(7, 2), compression=9),
+    "checksums": lambda file, x: file.create_dataset("x", data=x, chunks=(7, 2), fletcher32=True),
+    "whole numbers": lambda file, x: file.create_dataset("x", data=x, chunks=(7, 2), scaleoffset=4),
+    "times": lambda file, x: file.create_dataset("x", data=x, chunks=(7, 2), track_times=True),
+    "appended": appended,
+    "appended, compressed": lambda file, x: appended(file, x, compression="lzf"),
+    "two that grow": lambda file, x: file.create_dataset("x", data=x, maxshape=(None, None)),
+    "kept early": kept_early,
+    "kept as needed": kept_as_needed,
+    "filled on purpose": lambda file, x: file.create_dataset("x", data=x * 0, chunks=(7, 2)),
+    "one row": lambda file, x: file.create_dataset(
+        "x", data=x[:1], chunks=(7, 2), maxshape=(None, 3)
+    ),
+    "no row": lambda file, x: file.create_dataset(
+        "x", data=x[:0], chunks=(7, 2), maxshape=(None, 3)
+    ),
+    "no column": lambda file, x: file.create_dataset("x", data=x[:, :0]),
+}
+PATH_OR_FILE = pytest.mark.parametrize("opened", [False, True], ids=["path", "open file"])
+slow_codecs = pytest.mark.filterwarnings("ignore:.*as fast as the disk")
+
+
+@slow_codecs
+@PATH_OR_FILE
+@pytest.mark.parametrize("lacking", PARTLY)
+def test_rows_that_were_never_written_are_refused(lacking, opened, x, path):
+    make, match, row = PARTLY[lacking]
+    with h5py.File(path, "w") as file:
+        make(file, x)
+    with h5py.File(path) as file:
+        source = jh.open_source(file["x"] if opened else path)
+        match = rf"{'data' if opened else path}.*: saw .*{match}.*missing_chunks=\"fill\""
+        for read in (
+            source.check,
+            lambda: source.read(0, source.num_rows),
+            lambda: source.read(row, row + 1),
+            lambda: source.take(np.array([row, 0])),
+        ):
+            with pytest.raises(ValueError, match=match):
+                read()
+        there = min(row, 40)  # Of those that it has grown by, two lie in a chunk that is there.
+        np.testing.assert_array_equal(source.read(0, row)[:there], x[:there])
+        np.testing.assert_array_equal(source.take(np.arange(there)[::-3]), x[:there][::-3])
+
+
+@slow_codecs
+@PATH_OR_FILE
+@pytest.mark.parametrize("lacking", PARTLY)
+def test_rows_that_were_never_written_are_filled_where_that_is_asked_for(lacking, opened, x, path):
+    with h5py.File(path, "w") as file:
+        PARTLY[lacking][0](file, x)
+    with h5py.File(path) as file:
+        source = jh.open_source(file["x"] if opened else path, missing_chunks="fill")
+        source.check()
+        np.testing.assert_array_equal(source.read(0, source.num_rows), file["x"][:])
+
+
+def test_a_run_over_rows_that_were_never_written_is_refused_before_it_begins(x, path):
+    with h5py.File(path, "w") as file:
+        chunked(file, x)
+    with pytest.raises(ValueError, match="no chunk for rows 10 to 20"):
+        jh.calculator(lambda params, rows: rows).calc_from_host((), path)
+
+
+def test_the_fill_value_of_a_dataset_is_named_and_read(path):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", (40,), "i4", chunks=(10,), fillvalue=7)[:10] = 1
+    with pytest.raises(ValueError, match='missing_chunks="fill" if they stand for 7.'):
+        jh.open_source(path).read(0, 11)
+    np.testing.assert_array_equal(jh.open_source(path, missing_chunks="fill").read(9, 11), [1, 7])
+
+
+@slow_codecs
+@PATH_OR_FILE
+@pytest.mark.parametrize("layout", WRITTEN)
+def test_nothing_is_missed_in_what_was_written(layout, opened, x, path):
+    for version in ("earliest", "latest"):
+        with h5py.File(path, "w", libver=version) as file:
+            WRITTEN[layout](file, x)
+            if opened:
+                jh.open_source(file["x"]).check()
+        with h5py.File(path) as file:
+            source = jh.open_source(file["x"] if opened else path)
+            source.check()
+            np.testing.assert_array_equal(source.read(0, source.num_rows), file["x"][:])
+
+
+def test_a_column_that_lacks_rows_stands_in_nobodys_way(x, path):
+    with h5py.File(path, "w") as file:
+        file["x"] = x
+        file.create_dataset("later", (40,), "f4")
+    source = jh.open_source(path, columns=["x"])
+    source.check()
+    np.testing.assert_array_equal(source.read(0, 40)["x"], x)
+
+
+def test_rows_that_are_written_meanwhile_are_read(x, path):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", x.shape, x.dtype, chunks=(10, 3))[:10] = x[:10]
+        source = jh.open_source(file["x"])
+        with pytest.raises(ValueError, match="no chunk for rows 10 to 20"):
+            source.check()
+        file["x"][:] = x
+        source.check()
+        np.testing.assert_array_equal(source.read(0, 40), x)
+
+
+def test_a_cut_part_of_an_external_dataset_is_refused(x, path):
+    with h5py.File(path, "w") as file:
+        external(file, x)
+    source = jh.open_source(path)
+    np.testing.assert_array_equal(source.read(0, 40), x)
+    os.truncate(f"{path}.raw", 300)
+    match = rf"{path}\['x'\]: saw 300 bytes in {path}.raw, expected at least 480 bytes"
+    for refused in (lambda: source.read(0, 1), source.check, lambda: jh.open_source(path)):
+        with pytest.raises(ValueError, match=match):
+            refused()
+    os.remove(f"{path}.raw")
+    with pytest.raises(
+        ValueError, match=rf"{path}\['x'\]: saw no valid HDF5 file .*external raw data"
+    ):
+        jh.open_source(path).read(0, 1)
+
+
+@pytest.mark.parametrize("version", ["earliest", "latest"])
+def test_a_damaged_list_of_chunks_is_refused_by_name(version, x, path):
+    with h5py.File(path, "w", libver=version) as file:
+        appended(file, x)
+    content = path.read_bytes()
+    where = content.rindex(b"TREE" if version == "earliest" else b"EAHD")
+    path.write_bytes(content[:where] + b"NONE" + content[where + 4 :])
+    with pytest.raises(ValueError, match=f"{path}: saw no valid HDF5 file"):
+        jh.open_source(path)
+    with h5py.File(path) as file:
+        source = jh.open_source(file["x"])
+        for read in (source.check, lambda: source.read(0, 5)):
+            with pytest.raises(ValueError, match="data: saw no valid HDF5 file"):
+                read()
+
+
 def test_a_filter_that_is_not_installed_is_named(path):
     with h5py.File(path, "w") as file:
         plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)

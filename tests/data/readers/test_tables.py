@@ -107,7 +107,9 @@ REFUSED = {
     "times": ([datetime.datetime(2020, 1, 1)] * 2, "a column of timestamp"),
     "decimals": ([decimal.Decimal("1.5")] * 2, "a column of decimal128"),
     "structs": ([{"a": 1}, {"a": 2}], "a column of struct.*table.flatten"),
-    "lists of lists": ([[[1], [2]], [[3], [4]]], "a column of list"),
+    "lists of structs": ([[{"a": 1}], [{"a": 2}]], "a column of list.*each field, such as"),
+    "lists of text": ([["a", "b"], ["c", "d"]], "a column of list.*Encode it as integers"),
+    "lists of lists": ([[[1], [2]], [[3], [4]]], "a column of list.*those inside too"),
     "lists in vectors": (
         pa.FixedSizeListArray.from_arrays(pa.array([[1], [2, 3]]), 1),
         "a column of fixed_size_list<(item|element): list",
@@ -130,6 +132,19 @@ def test_what_is_no_array_of_numbers_is_refused_with_its_column(kind, write):
     path = write(pa.table({"x": np.zeros(2, np.float32), "strange": column}))
     with pytest.raises(TypeError, match=rf"{path}\['strange'\]: saw {match}"):
         jh.open_source(path)
+
+
+@pytest.mark.parametrize("size", [-1, 2])
+def test_what_is_advised_for_lists_of_structs_helps(size, write):
+    structs = pa.struct([("a", pa.int32()), ("b", pa.float32())])
+    rows = [[{"a": 2 * row + i, "b": 0.5} for i in range(2)] for row in range(9)]
+    column = pa.chunked_array([pa.array(rows, pa.list_(structs, size))])
+    with pytest.raises(TypeError, match="saw a column of .*struct<.*such as") as caught:
+        jh.open_source(write(pa.table({"s": column})))
+    advised = str(caught.value).partition("such as ")[2].removesuffix(".")
+    made = eval(advised, {"pyarrow": pa, "column": column})  # As who follows it would.
+    rows = jh.open_source(write(pa.table({"a": made}))).read(3, 5)
+    np.testing.assert_array_equal(rows, [[6, 7], [8, 9]])
 
 
 def test_wide_types_follow_the_policy(write):
@@ -229,6 +244,44 @@ def test_a_part_that_its_neighbours_names_tell_of_is_missed(write_part):
     folder = write_part(part(5, 9), "part-00002-of-00003")
     with pytest.raises(ValueError, match=f"{folder}: saw 2 parts, expected all 3"):
         jh.open_source(folder)
+
+
+@pytest.mark.parametrize(
+    ("stems", "match"),
+    [
+        (["part-00000", "part-00001", "part-00003"], r"no part-00002\.\w+, expected every number"),
+        (["part.0003", "part.0009", "part.0005", "part.0007"], r"no part.0004\.\w+ \(3 parts miss"),
+        (["08", "10", "11"], r"no 09\.\w+, expected every number from 08 to 11. Put the missing"),
+    ],
+)
+def test_a_part_that_the_numbers_of_its_neighbours_leave_out_is_missed(stems, match, write_part):
+    for stem in stems:
+        folder = write_part(part(0, 5), stem)
+    with pytest.raises(ValueError, match=f"{folder}: saw {match}"):
+        jh.open_source(folder)
+
+
+@pytest.mark.parametrize(
+    "stems",
+    [
+        ["part-00001", "part-00002", "part-00003"],
+        ["part-07", "part-08"],
+        ["part-00005"],
+        ["2019", "2021"],
+        ["part-0", "part-2"],
+        ["part-08", "part-9", "part-11"],
+        ["part-10", "part-12"],
+        ["train-000", "test-002"],
+        ["part-000", "part-002", "rest"],
+        ["2024-01-05", "2024-01-08"],
+        ["zip-02139", "zip-94016"],
+    ],
+    ids=str,
+)
+def test_names_that_count_nothing_may_leave_numbers_out(stems, write_part):
+    for stem in stems:
+        folder = write_part(part(0, 5), stem)
+    assert jh.open_source(folder).num_rows == 5 * len(stems)
 
 
 def test_a_part_removed_after_the_table_was_opened_is_missed(write_part, tmp_path):

@@ -14,6 +14,9 @@ import zarr
 
 import jaxhandler as jh
 
+# Reads of a few rows from chunks of as few: what test_advice.py asks for.
+pytestmark = pytest.mark.filterwarnings("ignore:.*as large as a macrobatch")
+
 
 @pytest.fixture
 def x():
