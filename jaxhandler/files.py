@@ -262,11 +262,14 @@ def write_manifest(path: Path, content: dict[str, Any]) -> None:
         fresh.write_text(text + "\n", encoding="utf-8")
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
+def read_manifest(
+    path: Path, *, fix: str = "Delete the output and write it again."
+) -> dict[str, Any] | None:
     """Returns what a manifest of ours says, or None where there is none.
 
     Args:
         path: The manifest's own path.
+        fix: What messages advise where it is damaged.
 
     Returns:
         Its content, or None if the file is absent or not of ours.
@@ -282,7 +285,6 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         size = path.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
         return None
-    fix = "Delete the output and write it again."
     if size > _LARGEST_MANIFEST:
         expected = f"at most {_LARGEST_MANIFEST}"
         raise ValueError(explain(str(path), seen=f"{size} bytes", expected=expected, fix=fix))

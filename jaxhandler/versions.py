@@ -1,8 +1,28 @@
-"""The versions on which artifacts, stored plans and checkpoints depend."""
+"""The versions and the processor on which artifacts, stored plans and checkpoints depend."""
 
 import importlib.metadata
+import platform
+from pathlib import Path
 
-__all__ = ["versions"]
+__all__ = ["processor", "versions"]
+
+
+def processor() -> list[str]:
+    """Returns what tells this processor, and so the instructions that XLA uses, from others.
+
+    Returns:
+        Where Linux tells, the lines of `/proc/cpuinfo` that name it and its instructions.
+
+    Example:
+        >>> processor() == processor()
+        True
+    """
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return [platform.machine(), platform.processor()]
+    names = ("model name", "flags", "Features", "CPU part")
+    lines = info.read_text(errors="replace").splitlines()
+    return sorted({line for line in lines if line.startswith(names)})
 
 
 def versions(*more: str) -> dict[str, str]:

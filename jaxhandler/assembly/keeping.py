@@ -12,8 +12,8 @@ from jaxhandler.assembly.controllers import Controller
 from jaxhandler.assembly.epochs import Epochs, FitState
 from jaxhandler.checkpointing.checkpoint import STATE, Checkpoint, check_checkpoint
 from jaxhandler.checkpointing.commits import Commit, Commits, commits_in
-from jaxhandler.checkpointing.identity import check_same, digest_leaves, key_text
-from jaxhandler.checkpointing.leaves import nested, restore
+from jaxhandler.checkpointing.identity import check_same, device_text, digest_leaves, key_text
+from jaxhandler.checkpointing.leaves import nested
 from jaxhandler.checkpointing.saver import Leg, Saver
 from jaxhandler.data.fingerprints import fingerprint
 from jaxhandler.errors import a_type, explain
@@ -67,18 +67,19 @@ class Kept:
 
     def _go_on(self, commit: Commit) -> None:
         content, begun, entries = commit.content, self.state, commit.entries
-
-        def typed(name: str, like: Any, argument: str) -> Any:
-            return restore(entries[name], commit.arrays, like, name, argument=argument)
-
         whole = _BEGUN if entries[_BEGUN] else STATE
-        train = typed(whole, begun.train, "state.train")
-        params = typed(_BEST, begun.params, "state.params") if entries[_BEST] else train.params
+        train = commit.restore(whole, begun.train, argument="state.train")
+        params = train.params
+        if entries[_BEST]:
+            params = commit.restore(_BEST, begun.params, argument="state.params")
         structure = jax.tree.structure(begun.controller, is_leaf=_is_none)
         control = structure.unflatten(content["controller"])
         history = nested(entries[_HISTORY], commit.arrays)
         self.state = FitState(train, params, content["best_epoch"], control, history)
-        self._resolved, self._middle = content["resolved"], commit if entries[_BEGUN] else None
+        self._middle = commit if entries[_BEGUN] else None
+        asked, before = self._identity, content["identity"]
+        if asked is None or asked["macrobatch_size"] == before.get("macrobatch_size"):
+            self._resolved = content["resolved"]
         self.ended = "callback" if content["ended"] == "callback" else ""
         if entries[_METRICS]:
             self.metrics = jax.tree.map(float, nested(entries[_METRICS], commit.arrays))
@@ -181,8 +182,9 @@ def keep(
         commit = next(commits_in(folder), None)
         if commit is not None:
             stored = commit.content["identity"]
+            _check_batch_size(stored, identity, checkpoint.ignored, str(folder))
             check_same(stored, identity, checkpoint.ignored, str(folder))
-        yield Kept(begun, commits, checkpoint.every, identity, commit)
+        yield Kept(_on_device(begun), commits, checkpoint.every, identity, commit)
 
 
 def identity_of(
@@ -241,11 +243,35 @@ def identity_of(
         "step": first.traced.digest,
         "metrics": {**metrics, "decides": stopping_key, "splits": [*evaluate]},
         "controller": {} if controller is None else _describe(controller),
-        "params": digest_leaves(params),
-        "state": digest_leaves((begun.train, begun.params, begun.history)),
-        "device": f"{first.device.platform} {first.device.device_kind}",
+        "params": digest_leaves(params, checkpoint.fingerprint),
+        "state": digest_leaves((begun.train, begun.params, begun.history), checkpoint.fingerprint),
+        "device": device_text(first.device),
         "versions": versions("numpy", "optax"),
     }
+
+
+def _on_device(begun: FitState) -> FitState:
+    """Gives leaves the types that an epoch gives them back with: NumPy's may have 64 bits."""
+    train = jax.device_put(begun.train)
+    shared = begun.params is begun.train.params
+    return begun._replace(
+        train=train, params=train.params if shared else jax.device_put(begun.params)
+    )
+
+
+def _check_batch_size(
+    stored: dict[str, Any], seen: dict[str, Any], ignored: tuple[str, ...], path: str
+) -> None:
+    """Refuses another batch size, also where it is ignored: the stored controller has its own."""
+    was, now = stored.get("batch_size"), seen["batch_size"]
+    if "batch_size" not in ignored or stored.get("call") != "fit" or was == now:
+        return
+    fix = (
+        "A fit goes on with its controller's state, which says the batch size. For another, begin "
+        "one in a folder of its own with state=result.state._replace(controller=None)."
+    )
+    text = f"batch_size {now} where {was} is stored"
+    raise ValueError(explain(path, seen=text, expected="the fit that was stopped", fix=fix))
 
 
 def _describe(controller: Any) -> dict[str, str]:

@@ -10,7 +10,7 @@ import jax
 
 from jaxhandler.checkpointing.commits import commits_in
 from jaxhandler.checkpointing.identity import FIELDS
-from jaxhandler.checkpointing.leaves import nested, restore
+from jaxhandler.checkpointing.leaves import nested
 from jaxhandler.errors import a_type, check_choice, check_count, explain
 
 __all__ = ["STATE", "Checkpoint", "check_checkpoint", "checkpoint", "load_state"]
@@ -29,7 +29,7 @@ class Checkpoint(NamedTuple):
         every: Seconds between two commits.
         keep: How many of them stay.
         ignored: The fields of a run's identity that may differ where it goes on.
-        fingerprint: How much of the data its digest covers.
+        fingerprint: How much of data, parameters and state their digests cover.
 
     Example:
         >>> checkpoint("run", every="5min").every
@@ -70,8 +70,9 @@ def checkpoint(
         resume: What a run that goes on must have in common with the one that was stopped:
             "require-same" everything (data, batch and macrobatch size, shuffle, keys, trees,
             versions), "ignore:epochs" or "ignore:batch_size,versions" all but what is named.
-        fingerprint: How much of the data its SHA-256 covers: "full" all of it, "sampled" 64 MiB,
-            "auto" all of it up to 1 GB. It is read once where a run begins.
+        fingerprint: How much of the data, of parameters and of the state their SHA-256 cover:
+            "full" all, "sampled" 64 MiB of each, "auto" all up to 1 GB and 64 MiB above. They are
+            read once where a run begins.
 
     Returns:
         A `Checkpoint`.
@@ -121,8 +122,9 @@ def load_state(directory: str | os.PathLike[str], like: Any = None) -> Any:
 
     Args:
         directory: The folder that was given to `jh.checkpoint`.
-        like: A tree of exactly the structure, shapes and dtypes that were saved, what
-            `trainer.init` gives for instance, or its `jax.eval_shape`; None for none.
+        like: A tree of exactly the structure, classes of nodes included, shapes and dtypes that
+            were saved, what `trainer.init` gives for instance, or its `jax.eval_shape`; None for
+            none.
 
     Returns:
         The state in the tree `like`, NamedTuples of optimisers and random keys included; without
@@ -131,7 +133,9 @@ def load_state(directory: str | os.PathLike[str], like: Any = None) -> Any:
     Raises:
         FileNotFoundError: If there is no commit.
         TypeError: If `directory` is no path.
-        ValueError: If the tree differs, which names each leaf that does, or if no commit is intact.
+        ValueError: If the tree differs, which names each leaf and each node that does, if a leaf
+            has 64 bits, is no NumPy array in `like`, and `jax_enable_x64` is not set, or if no
+            commit is intact.
 
     Example:
         >>> import jax, numpy as np, optax, jaxhandler as jh
@@ -149,10 +153,9 @@ def load_state(directory: str | os.PathLike[str], like: Any = None) -> Any:
     if commit is None:
         seen, expected = "no commit", "what a run with checkpoint=jh.checkpoint(...) leaves"
         raise FileNotFoundError(explain(str(directory), seen=seen, expected=expected))
-    entries = commit.entries[STATE]
     if like is None:
-        return nested(entries, commit.arrays)
-    return restore(entries, commit.arrays, like, STATE)
+        return nested(commit.entries[STATE], commit.arrays)
+    return commit.restore(STATE, like)
 
 
 def _seconds(every: float | str) -> float:

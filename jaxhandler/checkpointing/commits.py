@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxhandler.checkpointing.leaves import Entry, stored
+from jaxhandler.checkpointing.leaves import Entry, restore, stored
 from jaxhandler.errors import explain, warn
 from jaxhandler.files import MANIFEST, blaming, partial_of, publish, read_manifest, remove
 from jaxhandler.tensors import decode, encode
@@ -32,12 +32,19 @@ class Commit(NamedTuple):
         content: What its manifest says, JSON.
         entries: The trees that it holds by name, each a list of entries for its leaves.
         arrays: Their arrays by name.
+        nodes: The classes of their nodes, each tree's by its name.
     """
 
     path: Path
     content: dict[str, Any]
     entries: dict[str, list[Entry]]
     arrays: dict[str, np.ndarray]
+    nodes: dict[str, dict[str, str]]
+
+    def restore(self, name: str, like: Any, *, argument: str = "like") -> Any:
+        """Returns one of its trees as `like`, if it is exactly that; see `leaves.restore`."""
+        entries, nodes = self.entries[name], self.nodes.get(name)
+        return restore(entries, self.arrays, like, name, nodes=nodes, argument=argument)
 
 
 def commits_in(folder: Path) -> Iterator[Commit]:
@@ -123,6 +130,7 @@ class Commits:
         content: dict[str, Any],
         entries: dict[str, list[Entry]],
         arrays: Mapping[str, np.ndarray],
+        nodes: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         """Writes a commit and deletes those before the last `keep`.
 
@@ -130,6 +138,7 @@ class Commits:
             content: What its manifest shall say, JSON.
             entries: The trees that it holds, as in `Commit`.
             arrays: Their arrays.
+            nodes: The classes of their nodes; those of a tree that is not among them may differ.
 
         Raises:
             OSError: If it cannot be written; names the file. Earlier commits stay.
@@ -141,7 +150,8 @@ class Commits:
             with blaming(partial):
                 partial.mkdir()
                 files = {ARRAYS: _write(partial / ARRAYS, arrays)}
-                body = {"content": content, "entries": entries, "files": files}
+                trees = {"entries": entries, "nodes": dict(nodes or {})}
+                body = {"content": content, **trees, "files": files}
                 publish(path, {"kind": _KIND, "layout": _LAYOUT, **body})
         except OSError:
             with contextlib.suppress(OSError):
@@ -211,22 +221,32 @@ def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def _read(path: Path) -> Commit:
     name = path / MANIFEST
-    manifest = read_manifest(name)
+    manifest = read_manifest(name, fix=_FIX)
     if manifest is None:
-        raise ValueError(explain(str(name), seen="nothing of ours", expected="a manifest"))
+        raise _damaged(name, "nothing of ours", "a manifest")
     marks = tuple(manifest.get(mark) for mark in ("kind", "layout", "complete"))
     if marks != (_KIND, _LAYOUT, True):
         raise _damaged(name, f"{marks}", "a whole commit of this version of jaxhandler")
-    entries: dict[str, list[Entry]] = manifest["entries"]
-    file, there = path / ARRAYS, manifest["files"][ARRAYS]
+    try:
+        content, entries, nodes = (manifest[part] for part in ("content", "entries", "nodes"))
+        if not all(isinstance(part, dict) for part in (content, entries, nodes, *nodes.values())):
+            raise TypeError("what is no dictionary")
+        kinds = [kind for each in entries.values() for kind in stored(each)]
+        names = [str(name) for name, _, _ in kinds]
+        size, sha256 = (manifest["files"][ARRAYS][said] for said in ("bytes", "sha256"))
+    except (AttributeError, KeyError, TypeError) as error:
+        seen = f"parts that make no sense ({error!r})"
+        raise _damaged(name, seen, "those of a commit") from error
+    file = path / ARRAYS
+    expected = f"the {size} bytes that were written"
+    # First: what somebody has made longer than memory cannot be read.
+    if (there := file.stat().st_size) != size:
+        raise _damaged(file, f"{there} bytes", expected)
     data = file.read_bytes()
-    if hashlib.sha256(data).hexdigest() != there["sha256"]:
-        seen = f"{len(data)} bytes of another SHA-256"
-        raise _damaged(file, seen, f"the {there['bytes']} bytes that were written")
-    kinds = [kind for each in entries.values() for kind in stored(each)]
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise _damaged(file, f"{len(data)} bytes of another SHA-256", expected)
     arrays = decode(data, kinds, str(file))
-    names = [name for name, _, _ in kinds]
-    return Commit(path, manifest["content"], entries, dict(zip(names, arrays, strict=True)))
+    return Commit(path, content, entries, dict(zip(names, arrays, strict=True)), nodes)
 
 
 def _damaged(path: Path, seen: str, expected: str) -> ValueError:

@@ -11,8 +11,17 @@ import numpy as np
 from jaxhandler.checkpointing.leaves import describe_leaf, is_key
 from jaxhandler.errors import explain
 from jaxhandler.trees import leaves_with_paths
+from jaxhandler.versions import processor
 
-__all__ = ["FIELDS", "FULL", "SAMPLED", "check_same", "digest_leaves", "key_text"]
+__all__ = [
+    "FIELDS",
+    "FULL",
+    "SAMPLED",
+    "check_same",
+    "device_text",
+    "digest_leaves",
+    "key_text",
+]
 
 FIELDS = (
     "call",
@@ -58,7 +67,7 @@ def check_same(
         path: Where the commits are, for messages.
 
     Raises:
-        ValueError: If they differ; names each field with both values.
+        ValueError: If they differ; names each field with both values, and what to ignore in all.
 
     Example:
         >>> check_same({"batch_size": 4}, {"batch_size": 8}, ("batch_size",), "run")
@@ -77,7 +86,7 @@ def check_same(
         return
     named = [f"{name} {_short(new)} where {_short(old)} is stored" for name, new, old in wrong]
     rest = f", and {len(wrong) - _MOST_NAMED} more" if len(wrong) > _MOST_NAMED else ""
-    roots = ",".join(dict.fromkeys(re.split(r"\W", name)[0] for name, _, _ in wrong))
+    roots = ",".join(dict.fromkeys([*ignored, *(re.split(r"\W", name)[0] for name, _, _ in wrong)]))
     fix = (
         "Call it as before to go on, give another run a folder of its own, or pass "
         f'resume="ignore:{roots}" if you mean it.'
@@ -86,11 +95,14 @@ def check_same(
     raise ValueError(explain(path, seen=seen_text, expected="the run that was stopped", fix=fix))
 
 
-def digest_leaves(tree: Any) -> dict[str, Any]:
+def digest_leaves(tree: Any, extent: str = "auto") -> dict[str, Any]:
     """Returns type and SHA-256 of each leaf by its path: what tells that a tree is the same.
 
     Args:
-        tree: Any pytree of arrays. Above 1 GB in all, large leaves are sampled.
+        tree: Any pytree of arrays.
+        extent: "full" digests all of each leaf; "sampled" all of a tree of up to 64 MiB, above it
+            of each leaf its share of them, spread evenly; "auto" all of a tree of up to 1 GB, and
+            as "sampled" above.
 
     Example:
         >>> digest_leaves({"w": np.zeros(2, np.float32)})["['w']"]
@@ -98,13 +110,34 @@ def digest_leaves(tree: Any) -> dict[str, Any]:
     """
     leaves = leaves_with_paths(tree)
     size = sum(getattr(leaf, "nbytes", 0) for _, leaf in leaves)
-    most = size if size <= FULL else SAMPLED // max(len(leaves), 1)
+    whole = extent == "full" or size <= (FULL if extent == "auto" else SAMPLED)
+    most = size if whole else SAMPLED // max(len(leaves), 1)
     return {path: f"{describe_leaf(leaf)} {_digest(leaf, most)}" for path, leaf in leaves}
 
 
 def key_text(key: Any) -> str | None:
     """Returns a random key as text, or None for None."""
     return None if key is None else f"{describe_leaf(key)} {_digest(key, FULL)}"
+
+
+def device_text(device: Any) -> str:
+    """Returns what a device is, as far as the bits of results depend on it.
+
+    Args:
+        device: A device. That a CPU is one is all that JAX tells; its name is added, and a digest
+            of its instructions, which XLA chooses from.
+
+    Example:
+        >>> device_text(jax.devices("cpu")[0])
+        'cpu cpu, ..., instructions ...'
+    """
+    text = f"{device.platform} {device.device_kind}"
+    if device.platform != "cpu":
+        return text
+    lines = processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    instructions = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
+    return f"{text}, {' and '.join(names) or lines[0]}, instructions {instructions}"
 
 
 def _digest(leaf: Any, most: int) -> str:

@@ -9,7 +9,16 @@ import numpy as np
 
 from jaxhandler.errors import explain
 
-__all__ = ["Entry", "describe_leaf", "flatten", "is_key", "nested", "restore", "stored"]
+__all__ = [
+    "Entry",
+    "describe_leaf",
+    "flatten",
+    "is_key",
+    "nested",
+    "nodes_of",
+    "restore",
+    "stored",
+]
 
 Entry = dict[str, Any]
 """What a manifest says of a leaf: `name`, `keys`, `shape`, `dtype`, and `impl` of random keys."""
@@ -48,6 +57,23 @@ def flatten(tree: Any, root: str) -> tuple[list[Entry], dict[str, np.ndarray]]:
     return entries, arrays
 
 
+def nodes_of(tree: Any, root: str) -> dict[str, str]:
+    """Returns the class of each node of a tree by its name, those without leaves included.
+
+    Example:
+        >>> nodes_of({"w": (1, 2), "b": None}, "state")
+        {'state': 'dict', "state['b']": 'NoneType', "state['w']": 'tuple'}
+    """
+    # Leaves are all that it is asked about below the node itself.
+    below, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda each: each is not tree)
+    if below and not below[0][0]:
+        return {}
+    found = {root: type(tree).__name__}
+    for keys, child in below:
+        found |= nodes_of(child, root + jax.tree_util.keystr(keys))
+    return found
+
+
 def stored(entries: list[Entry]) -> list[tuple[str, list[int], str]]:
     """Returns name, shape and dtype of the arrays that leaves are stored as."""
     return [(entry["name"], entry["shape"], entry["dtype"]) for entry in entries]
@@ -59,6 +85,7 @@ def restore(
     like: Any,
     root: str,
     *,
+    nodes: Mapping[str, str] | None = None,
     argument: str = "like",
 ) -> Any:
     """Returns stored leaves in the tree `like`, if they are exactly those that it has.
@@ -68,6 +95,7 @@ def restore(
         arrays: Its arrays, read back.
         like: A tree of arrays, numbers or `jax.ShapeDtypeStruct`.
         root: What names begin with.
+        nodes: What `nodes_of` gave, to be compared as well; None compares leaves by their paths.
         argument: How messages call `like`.
 
     Returns:
@@ -75,8 +103,8 @@ def restore(
         where they were committed to devices there.
 
     Raises:
-        ValueError: If a leaf is missing, is one too many, or has another shape or dtype; names the
-            leaves. Nothing is ever cast.
+        ValueError: If a leaf or a node is missing, is one too many, or has another shape, dtype or
+            class, or if JAX has no such dtype now; names them. Nothing is ever cast.
 
     Example:
         >>> entries, arrays = flatten({"w": np.ones(2, np.float32)}, "state")
@@ -86,19 +114,27 @@ def restore(
     flat, structure = jax.tree_util.tree_flatten_with_path(like)
     wanted = {root + jax.tree_util.keystr(keys): leaf for keys, leaf in flat}
     found = {entry["name"]: entry for entry in entries}
-    wrong = []
-    for name in [*wanted, *(name for name in found if name not in wanted)]:
-        seen = describe_leaf(wanted[name]) if name in wanted else "nothing"
-        there = _describe_entry(found[name]) if name in found else "nothing"
-        if seen != there:
-            path = name.removeprefix(root)
-            wrong.append(f"{seen} in {argument}{path} where {there} is stored")
+    asked = {name: describe_leaf(leaf) for name, leaf in wanted.items()}
+    there = {name: _describe_entry(entry) for name, entry in found.items()}
+    if nodes is not None:
+        # Where one of the two has a leaf, that is what differs.
+        named = {*asked, *there}
+        for kinds, classes in ((asked, nodes_of(like, root)), (there, nodes)):
+            kinds.update((name, each) for name, each in classes.items() if name not in named)
+    wrong = [
+        f"{asked.get(name, 'nothing')} in {argument}{name.removeprefix(root)} "
+        f"where {there.get(name, 'nothing')} is stored"
+        for name in [*asked, *(name for name in there if name not in asked)]
+        if asked.get(name) != there.get(name)
+    ]
     if wrong:
         rest = f", and {len(wrong) - _MOST_NAMED} more" if len(wrong) > _MOST_NAMED else ""
         seen = ", ".join(wrong[:_MOST_NAMED]) + rest
         expected = "the tree, shapes and dtypes that were saved"
         fix = "Nothing is cast or left out; load it without like to see what there is."
         raise ValueError(explain(argument, seen=seen, expected=expected, fix=fix))
+    for name, leaf in wanted.items():
+        _check_width(arrays[name].dtype, leaf, argument, name.removeprefix(root))
     leaves = [_typed(found[name], arrays[name], leaf) for name, leaf in wanted.items()]
     return structure.unflatten(leaves)
 
@@ -159,8 +195,21 @@ def _describe_entry(entry: Entry) -> str:
     return f"{entry['impl']} keys{entry['shape'][:-1]}"
 
 
+def _check_width(dtype: np.dtype, like: Any, argument: str, path: str) -> None:
+    """Refuses what JAX would narrow without a word: 64 bits where it has 32."""
+    if _on_host(like) or jax.dtypes.canonicalize_dtype(dtype) == dtype:
+        return
+    seen, expected = f"{dtype} without jax_enable_x64", "a dtype that JAX has now"
+    fix = 'Call jax.config.update("jax_enable_x64", True) first, or put a NumPy array there.'
+    raise ValueError(explain(argument, path=path, seen=seen, expected=expected, fix=fix))
+
+
+def _on_host(like: Any) -> bool:
+    return isinstance(like, np.ndarray | np.generic)
+
+
 def _typed(entry: Entry, array: np.ndarray, like: Any) -> Any:
-    if isinstance(like, np.ndarray | np.generic):
+    if _on_host(like):
         return array.copy()
     sharding = getattr(like, "sharding", None) if getattr(like, "committed", True) else None
     if "impl" in entry:

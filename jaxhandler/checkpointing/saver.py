@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxhandler.checkpointing.commits import Commit, Commits
-from jaxhandler.checkpointing.leaves import flatten
+from jaxhandler.checkpointing.leaves import flatten, nodes_of
 from jaxhandler.checkpointing.leaving import Leaving
 from jaxhandler.files import sync_file
 
@@ -121,7 +121,8 @@ class Saver:
         for name, tree in trees.items():
             entries[name], found = flatten(tree, name)
             arrays |= found
-        self._commits.add(content, entries, arrays)
+        nodes = {name: nodes_of(tree, name) for name, tree in trees.items()}
+        self._commits.add(content, entries, arrays, nodes)
 
 
 class Leg(NamedTuple):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxhandler.data.sources import Source
+from jaxhandler.data.stream import naming_rows
 from jaxhandler.errors import check_choice
 from jaxhandler.trees import leaves_with_paths
 
@@ -34,7 +35,7 @@ def fingerprint(source: Source, extent: str = "auto") -> dict[str, Any]:
         of each leaf by its path.
 
     Raises:
-        OSError: If rows cannot be read.
+        OSError: If rows cannot be read; a note says which.
         ValueError: If `extent` is unknown.
 
     Example:
@@ -54,7 +55,7 @@ def fingerprint(source: Source, extent: str = "auto") -> dict[str, Any]:
     if extent == "none":
         starts, whole = [], False
     digests = [hashlib.sha256() for _ in leaves]
-    read = source.borrow or source.read
+    read = naming_rows(source, source.borrow or source.read)
     for start in starts:
         block = jax.tree.leaves(read(start, min(start + rows, source.num_rows)))
         for digest, array in zip(digests, block, strict=True):

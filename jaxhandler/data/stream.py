@@ -17,9 +17,19 @@ from jaxhandler.data.order import Visit
 from jaxhandler.data.placement import place_rows
 from jaxhandler.data.sources import Source
 
-__all__ = ["Clock", "Lane", "Layout", "Macrobatch", "load", "place", "read_ahead"]
+__all__ = [
+    "Clock",
+    "Lane",
+    "Layout",
+    "Macrobatch",
+    "load",
+    "naming_rows",
+    "place",
+    "read_ahead",
+]
 
 _NOTED = 4096
+_SHOWN = 8
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -157,6 +167,9 @@ def load(source: Source, visit: Visit, layout: Layout, *, borrow: bool = False) 
 
     Returns:
         A macrobatch in host memory.
+
+    Raises:
+        OSError: If rows cannot be read; a note says which.
     """
     order, size = visit.order, layout.batch_size
     # Members with orders of their own would need each row many times: their batches come late.
@@ -164,13 +177,13 @@ def load(source: Source, visit: Visit, layout: Layout, *, borrow: bool = False) 
     if visit.block is None:
         assert source.take is not None
         assert order is not None
-        index, take = order.astype(np.int32), source.take
+        index, take = order.astype(np.int32), naming_rows(source, source.take)
         rows, order = (None, order) if late else (take(order), None)
     else:
         whole = min(layout.size, source.num_rows - visit.start)
         stop = visit.start + (visit.rows if order is None else whole)
         read = source.borrow if borrow and source.borrow is not None else source.read
-        rows = read(visit.start, stop)
+        rows = naming_rows(source, read)(visit.start, stop)
         lies = np.arange(visit.rows) if order is None else order
         index = (visit.start + lies).astype(np.int32)
         take = lambda lies: jax.tree.map(lambda leaf: _permute(leaf, lies), rows)  # noqa: E731
@@ -202,6 +215,36 @@ def load(source: Source, visit: Visit, layout: Layout, *, borrow: bool = False) 
     return Macrobatch(visit, None, None, batches, _cut(index, spans, whole, size))
 
 
+def naming_rows(source: Source, read: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `read` with a note on each `OSError` that says which rows were read.
+
+    Readers of this library name them; other sources may not.
+
+    Args:
+        source: Whose rows they are.
+        read: Its `read`, `borrow` or `take`.
+
+    Returns:
+        A function of the same arguments.
+
+    Example:
+        >>> from jaxhandler.data.sources import open_source
+        >>> source = open_source(np.arange(5.0, dtype=np.float32))
+        >>> naming_rows(source, source.read)(1, 3)
+        array([1., 2.], dtype=float32)
+    """
+
+    def reading(rows: Any, *stop: int) -> Any:
+        try:
+            return read(rows, *stop)
+        except OSError as error:
+            where = f"{rows} to {stop[0]}" if stop else _some(rows)
+            error.add_note(f"This came while reading rows {where} of {source.name}.")
+            raise
+
+    return reading
+
+
 def place(macrobatch: Macrobatch, sharding: Sharding | None, *, on_cpu: bool) -> Macrobatch:
     """Returns the macrobatch with its rows on the device.
 
@@ -225,6 +268,11 @@ def place(macrobatch: Macrobatch, sharding: Sharding | None, *, on_cpu: bool) ->
         placed = (place_rows(batch, sharding) for batch in batches)
         return macrobatch._replace(batches=placed)
     return macrobatch._replace(batches=place_rows(batches, sharding))
+
+
+def _some(rows: np.ndarray) -> str:
+    shown = ", ".join(map(str, rows[:_SHOWN]))
+    return shown if len(rows) <= _SHOWN else f"{shown} and {len(rows) - _SHOWN} more"
 
 
 def _permute(leaf: Any, order: np.ndarray) -> Any:

@@ -10,8 +10,7 @@ import jax
 
 from jaxhandler.checkpointing.checkpoint import STATE, Checkpoint, check_checkpoint
 from jaxhandler.checkpointing.commits import Commit, Commits, commits_in
-from jaxhandler.checkpointing.identity import check_same, digest_leaves, key_text
-from jaxhandler.checkpointing.leaves import restore
+from jaxhandler.checkpointing.identity import check_same, device_text, digest_leaves, key_text
 from jaxhandler.checkpointing.saver import Leg, Saver
 from jaxhandler.data.fingerprints import fingerprint
 from jaxhandler.data.sinks import FileSink, Sink, check_resumable
@@ -24,6 +23,7 @@ from jaxhandler.handlers.outputs import join
 from jaxhandler.handlers.parts import Share
 from jaxhandler.handlers.program import Program
 from jaxhandler.handlers.run import Run
+from jaxhandler.handlers.steps import trace_step
 from jaxhandler.typing import Step
 from jaxhandler.versions import versions
 
@@ -82,9 +82,11 @@ def fold_durably(
         commits = held.enter_context(Commits(folder, keep)) if known else None
         intact = commits_in(folder)
         commit = next(intact, None)
-        resolved = program, options
+        resolved, stored = (program, options), {}
         if commit is not None:
-            resolved = _resolved(commit.content["resolved"], program, options)
+            stored = commit.content["identity"]
+            found, ignored = commit.content["resolved"], checkpoint.ignored
+            resolved = _resolved(found, program, options, stored, ignored)
         run = Run(resolved[0], step, consts, carry, source, resolved[1])
         identity = _identity(run, checkpoint, program, options, out)
         blocks: list[Any] = []
@@ -93,7 +95,8 @@ def fold_durably(
         if commit is None:
             sink = run.open_sink(out)
         else:
-            check_same(commit.content["identity"], identity, checkpoint.ignored, str(folder))
+            seen = {**identity, "step": _step_digest(run, step, commit)}
+            check_same(stored, seen, checkpoint.ignored, str(folder))
             commit, sink = _taken_up(run, itertools.chain([commit], intact), out, blocks)
             commits.keep(commit.path)
         # All that is needed of them has been copied.
@@ -191,21 +194,30 @@ def _settings(run: Run) -> dict[str, Any]:
         "mode": run.mode,
         "macrobatch_size": run.size,
         "strategies": {} if strategies is None else strategies.known(),
+        "batch_rows": run.batch_rows,
     }
 
 
 def _resolved(
-    resolved: dict[str, Any], program: Program, options: Options
+    resolved: dict[str, Any],
+    program: Program,
+    options: Options,
+    stored: dict[str, Any] | None = None,
+    ignored: tuple[str, ...] = (),
 ) -> tuple[Program, Options]:
-    """Puts what "auto" stood for when the run began in its place."""
+    """Puts what "auto" stood for when the run began in its place, but for what may differ now."""
     if "mode" not in resolved:
         # What is no run of a handler, but a fit, is refused by its identity.
         return program, options
     if program.strategies is not None:
         program.strategies.adopt(resolved["strategies"])
-    size, share = resolved["macrobatch_size"], resolved.get("share")
+    asked = {"macrobatch_size": options.macrobatch_size, "mode": program.mode}
+    for name in asked:
+        if name not in ignored or asked[name] == (stored or {}).get(name):
+            asked[name] = resolved[name]
+    size, share = asked["macrobatch_size"], resolved.get("share")
     options = options._replace(macrobatch_size=size, share=share and Share(*share))
-    return program._replace(mode=resolved["mode"]), options
+    return program._replace(mode=asked["mode"]), options
 
 
 def _identity(
@@ -226,13 +238,26 @@ def _identity(
         "members": program.members,
         "member_order": program.member_order,
         "step": run.traced.digest,
-        "params": digest_leaves(run.consts),
-        "state": digest_leaves(run.carry),
+        "params": digest_leaves(run.consts, checkpoint.fingerprint),
+        "state": digest_leaves(run.carry, checkpoint.fingerprint),
         "out": None if out is None else str(Path(out).absolute()),
-        "device": f"{run.device.platform} {run.device.device_kind}",
+        "device": device_text(run.device),
         "sharding": None if run.sharding is None else str(run.sharding),
         "versions": versions("numpy", "optax"),
     }
+
+
+def _step_digest(run: Run, step: Step, commit: Commit) -> str:
+    """Digests a step on as many rows as the run that was stopped had in a batch."""
+    rows = commit.content["resolved"].get("batch_rows")
+    if rows in (None, run.batch_rows):
+        return run.traced.digest
+    given = run.program, step, run.consts, run.carry, run.source.specs
+    try:
+        return trace_step(*given, rows, digested=True).digest
+    except Exception:
+        # Whatever it is, it is no step of that run's.
+        return f"one that takes no batch of {rows} rows"
 
 
 def _taken_up(
@@ -255,11 +280,10 @@ def _taken_up(
 
 
 def _go_on(run: Run, commit: Commit, visits: int, blocks: list[Any]) -> None:
-    entries, arrays = commit.entries, commit.arrays
-    carry = restore(entries[STATE], arrays, run.carry, STATE, argument="state")
+    carry = commit.restore(STATE, run.carry, argument="state")
     run.resume(visits, commit.content["rows"], carry)
     if run.program.outputs == "steps":
-        leaves = [arrays[entry["name"]].copy() for entry in entries[_OUTPUTS]]
+        leaves = [commit.arrays[entry["name"]].copy() for entry in commit.entries[_OUTPUTS]]
         blocks.append(jax.tree.structure(run.traced.out).unflatten(leaves))
 
 
@@ -272,7 +296,8 @@ def _visits(run: Run, commit: Commit) -> int:
     visits = epochs * run.num_visits + rest
     if (same or not rest) and visits <= run.total_visits:
         return visits
-    seen = f"{run.num_visits} macrobatches of {run.size} rows in {run.options.epochs} epochs"
+    seen = f"{run.num_visits} macrobatches of {run.size} rows in batches of "
+    seen += f"{run.program.batch_size} in {run.options.epochs} epochs"
     expected = f"what goes on after {rest} of {per_epoch} macrobatches of {size} rows"
     fix = "What was ignored changes which rows are next; start anew in another folder."
     text = f"{expected} in epoch {epochs}"

@@ -81,7 +81,7 @@ class Run:
         self.consts, carry = lay((consts, carry), self.sharding, put)
         size, num_rows = program.batch_size, source.num_rows
         rows = size if program.tail == "pad" or not num_rows else min(size, num_rows)
-        self._batch = rows
+        self.batch_rows = rows
         self.traced = trace_step(
             program,
             step,
@@ -223,7 +223,7 @@ class Run:
             consts=self.consts,
             carry=self._carry,
             specs=self.source.specs,
-            rows=self._batch,
+            rows=self.batch_rows,
             sharding=self.sharding,
             scan=self.mode == "scan",
             gather=self.sharding is None and options.shuffle in ("rows", "blocks"),

@@ -160,7 +160,7 @@ def read_files(directory: str | os.PathLike[str], settings: Mapping[str, Any]) -
 
     Raises:
         FileNotFoundError: If one is not there.
-        ValueError: If one has another SHA-256 than the manifest says.
+        ValueError: If one has another size or SHA-256 than the manifest says.
     """
     path = Path(directory)
     return {name: _verified(path / name, entry) for name, entry in settings["files"].items()}
@@ -277,6 +277,9 @@ def _write(path: Path, pieces: Iterable[Any]) -> dict[str, Any]:
 
 def _verified(path: Path, entry: Mapping[str, Any]) -> bytes:
     try:
+        # First: what somebody has made longer than memory cannot be read.
+        if (size := path.stat().st_size) != entry.get("bytes"):
+            raise _damaged(path, f"{size} bytes where the manifest says {entry.get('bytes')}")
         data = path.read_bytes()
     except FileNotFoundError as error:
         fix = "Copy the whole folder, or save the inferer again."

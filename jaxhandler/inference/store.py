@@ -17,7 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxhandler.errors import explain, warn
 from jaxhandler.files import atomic_write, private
 from jaxhandler.plans import compile_plan, signature
-from jaxhandler.versions import versions
+from jaxhandler.versions import processor, versions
 
 __all__ = ["compile_fn", "enable_plan_store"]
 
@@ -210,7 +210,7 @@ def _private(directory: Path) -> Path:
     """Makes the folder of this processor and these versions, refusing what others can change."""
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(explain(str(directory), seen="a file", expected="a folder"))
-    digest = hashlib.sha256(repr((_processor(), versions())).encode()).hexdigest()
+    digest = hashlib.sha256(repr((processor(), versions())).encode()).hexdigest()
     folder = directory.resolve() / f"{platform.machine()}-{digest[:16]}"
     for each in (folder.parent, folder):
         each.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -236,13 +236,3 @@ def _check_private(folder: Path) -> None:
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
             seen, expected = "a folder that everybody can write to", "one of few"
             raise PermissionError(explain(str(each), seen=seen, expected=expected, fix=fix))
-
-
-def _processor() -> list[str]:
-    """What tells this processor, and so the instructions that XLA uses, from others."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return [platform.machine(), platform.processor()]
-    names = ("model name", "flags", "Features", "CPU part")
-    lines = info.read_text(errors="replace").splitlines()
-    return sorted({line for line in lines if line.startswith(names)})

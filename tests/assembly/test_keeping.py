@@ -11,6 +11,7 @@ import pytest
 
 import jaxhandler as jh
 from jaxhandler.assembly.epochs import Epochs
+from jaxhandler.checkpointing import identity
 from jaxhandler.checkpointing.commits import Commits, commits_in
 from tests.assembly.test_routines import (
     DATA,
@@ -109,6 +110,14 @@ def test_a_fit_that_goes_on_from_a_state_is_kept_as_well(whole, tmp_path):
     with pytest.raises(Stopped):
         kept_fit(tmp_path, state=state, on_macrobatch_finish=stop_at(5))
     same_result(kept_fit(tmp_path, state=state), whole)
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_parameters_of_64_bits_go_on_in_those_that_they_are_trained_in(stop, whole, tmp_path):
+    params = {name: np.zeros(np.shape(leaf)) for name, leaf in PARAMS.items()}
+    with pytest.raises(Stopped):
+        kept_fit(tmp_path, params=params, on_macrobatch_finish=stop_at(stop))
+    same_result(kept_fit(tmp_path, params=params), whole)
 
 
 def test_what_auto_stood_for_is_used_again(tmp_path, monkeypatch):
@@ -324,6 +333,36 @@ def stopped(tmp_path_factory):
 def test_a_fit_that_differs_is_refused_with_the_field_named(field, stopped):
     with pytest.raises(ValueError, match=f"{field}.* is stored"):
         kept_fit(stopped, **(BASE | OTHERS[field]))
+
+
+@pytest.mark.parametrize("ignored", ["batch_size", "batch_size,controller,step"])
+def test_the_batch_size_of_a_fit_is_its_controllers_also_where_it_is_ignored(ignored, stopped):
+    other = BASE | OTHERS["batch_size"]
+    with pytest.raises(ValueError, match=r"saw batch_size 4 where 8 .*controller's state"):
+        kept_fit(stopped, **other, resume=f"ignore:{ignored}")
+
+
+def test_another_macrobatch_size_is_used_where_it_is_ignored(tmp_path):
+    kept_fit(tmp_path, 1)
+    seen, resume = [], "ignore:epochs,macrobatch_size"
+    kept_fit(tmp_path, 2, resume=resume, macrobatch_size=48, on_macrobatch_finish=seen.append)
+    assert {progress.num_macrobatches for progress in seen} == {1}
+
+
+@pytest.mark.parametrize("extent", ["full", "auto"])
+def test_one_value_of_large_parameters_is_seen_where_all_is_digested(extent, tmp_path, monkeypatch):
+    # Of more than 8 bytes, the first 4 and the last 4.
+    for name, size in {"FULL": 8, "SAMPLED": 8, "_PIECE": 4}.items():
+        monkeypatch.setattr(identity, name, size)
+    kept = jh.checkpoint(tmp_path, fingerprint=extent)
+    changed = {**PARAMS, "w": np.array(PARAMS["w"])}
+    changed["w"].flat[1] += 1
+    fit(1, checkpoint=kept)
+    if extent == "auto":
+        fit(1, checkpoint=kept, params=changed)
+        return
+    with pytest.raises(ValueError, match=r"saw params\['w'\].*, state"):
+        fit(1, checkpoint=kept, params=changed)
 
 
 def test_a_trainer_does_not_go_on_with_a_fit(stopped):

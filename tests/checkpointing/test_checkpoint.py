@@ -2,9 +2,14 @@
 
 from pathlib import Path
 
+import jax
+import numpy as np
+import optax
 import pytest
 
 import jaxhandler as jh
+from jaxhandler.checkpointing.commits import Commits
+from jaxhandler.checkpointing.leaves import flatten
 
 
 @pytest.mark.parametrize(
@@ -60,3 +65,29 @@ def test_a_folder_is_a_path():
 def test_no_state_where_there_is_no_commit(tmp_path):
     with pytest.raises(FileNotFoundError, match="saw no commit"):
         jh.load_state(tmp_path)
+
+
+def test_a_state_of_64_bits_is_not_narrowed(tmp_path):
+    entries, arrays = flatten({"n": np.int64(2**40 + 2)}, "state")
+    with Commits(tmp_path, 2) as commits:
+        commits.add({}, {"state": entries}, arrays)
+    with pytest.raises(ValueError, match=r"like\['n'\]: saw int64 without jax_enable_x64"):
+        jh.load_state(tmp_path, like={"n": jax.ShapeDtypeStruct((), np.int64)})
+    assert jh.load_state(tmp_path, like={"n": np.int64(0)})["n"] == 2**40 + 2
+
+
+def test_a_state_of_other_classes_is_refused(tmp_path):
+    def loss_fn(params, x):
+        return (params["w"][0] - x) ** 2
+
+    tr = jh.trainer(loss_fn, optax.adam(0.1), batch_size=2)
+    params = {"w": (np.zeros((), np.float32),)}
+    state = tr.init(params, key=jax.random.key(0))
+    kept = jh.checkpoint(tmp_path)
+    trained, _ = tr.train_from_host(state, np.ones(4, np.float32), checkpoint=kept)
+    assert jh.load_state(tmp_path, like=state).params == trained.params
+    like = state._replace(params={"w": [*params["w"]]})
+    with pytest.raises(ValueError, match=r"list in like.params\['w'\] where tuple is stored"):
+        jh.load_state(tmp_path, like=like)
+    with pytest.raises(ValueError, match=r"dict in like.model_state where tuple is stored"):
+        jh.load_state(tmp_path, like=state._replace(model_state={}))

@@ -9,7 +9,7 @@ import pytest
 
 from jaxhandler.checkpointing.commits import ARRAYS, LOCK, Commits, commits_in
 from jaxhandler.checkpointing.leaves import flatten
-from jaxhandler.files import MANIFEST
+from jaxhandler.files import MANIFEST, read_manifest, write_manifest
 
 
 def add(commits: Commits, number: int) -> None:
@@ -112,7 +112,14 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 5)
 
 
+def lengthen(path: Path) -> None:
+    """To more than any memory holds; a file of holes needs no room."""
+    os.truncate(path, 2**42)
+
+
 DAMAGES = {
+    "lengthened": lengthen,
+    "lengthened by a byte": lambda path: os.truncate(path, path.stat().st_size + 1),
     "cut": cut,
     "emptied": lambda path: os.truncate(path, 0),
     "deleted": lambda path: path.unlink(),
@@ -128,6 +135,29 @@ def test_damage_is_named_and_the_older_commit_found(folder, name, damage):
     with pytest.warns(UserWarning, match="commit-00000002, an older commit") as caught:
         assert newest(folder) == 2
     assert str(folder / "commit-00000003" / name) in str(caught[0].message)
+    # It is no output that somebody should write again.
+    assert "output" not in str(caught[0].message)
+
+
+WITHOUT = [("content", []), ("entries", []), ("entries", {"state": [{}]}), ("entries", {"s": 3})]
+WITHOUT += [("nodes", {"state": []}), ("files", {}), ("files", {ARRAYS: {"bytes": 3}})]
+
+
+@pytest.mark.parametrize(
+    ("part", "instead"),
+    [*((part, None) for part in ("content", "entries", "nodes", "files")), *WITHOUT],
+    ids=str,
+)
+def test_a_manifest_without_its_parts_is_damage(folder, part, instead):
+    path = folder / "commit-00000003" / MANIFEST
+    manifest = read_manifest(path)
+    assert manifest is not None
+    manifest[part] = instead
+    if instead is None:
+        del manifest[part]
+    write_manifest(path, manifest)
+    with pytest.warns(UserWarning, match=rf"{MANIFEST}: saw parts that make no sense.*older"):
+        assert newest(folder) == 2
 
 
 def test_without_an_intact_commit_all_that_is_damaged_is_named(folder):

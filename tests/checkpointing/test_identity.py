@@ -25,6 +25,12 @@ def test_every_difference_is_named_with_both_values():
     assert 'resume="ignore:data,batch_size"' in text or 'resume="ignore:batch_size,data"' in text
 
 
+def test_what_to_ignore_is_named_with_what_is_ignored_already():
+    stored, seen = {"mode": "scan", "step": "aa", "tail": "pad"}, {"mode": "loop", "step": "bb"}
+    with pytest.raises(ValueError, match='resume="ignore:mode,epochs,tail,step" if'):
+        check_same(stored, seen, ("mode", "epochs"), "run")
+
+
 def test_what_is_ignored_may_differ():
     check_same({"data": {"rows": 1}}, {"data": {"rows": 2}}, ("data",), "run")
 
@@ -64,6 +70,26 @@ def test_large_trees_are_sampled_to_their_ends(monkeypatch):
     ends[0][0], ends[1][-1] = 1, 1
     digests = [digest_leaves(each)[""] for each in (leaf, *ends)]
     assert len(set(digests)) == 3
+
+
+@pytest.mark.parametrize(
+    ("extent", "size", "tells"),
+    [
+        ("full", 2**22, True),
+        ("auto", 2**22, False),
+        ("auto", 2**21, True),
+        ("sampled", 2**21, False),
+        ("sampled", 2**20, True),
+    ],
+)
+def test_how_much_of_a_tree_is_digested(extent, size, tells, monkeypatch):
+    monkeypatch.setattr(identity, "FULL", 2**21)
+    monkeypatch.setattr(identity, "SAMPLED", 2**20)
+    monkeypatch.setattr(identity, "_PIECE", 2**18)
+    leaf = np.zeros(size, np.uint8)
+    other = leaf.copy()
+    other[2**18 + 5] = 1
+    assert (digest_leaves(leaf, extent) != digest_leaves(other, extent)) == tells
 
 
 # Every field, in a run that goes on.
@@ -137,3 +163,42 @@ def test_one_changed_value_is_refused_where_all_is_digested(place, tmp_path, mon
             run(changed, "auto")
     else:
         run(changed, "auto")
+
+
+@pytest.mark.parametrize("extent", ["full", "auto"])
+def test_one_changed_value_of_large_parameters_is_refused_where_all_is_digested(
+    extent, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(identity, "FULL", 2**20)
+    monkeypatch.setattr(identity, "SAMPLED", 2**21)
+    calc = jh.calculator(lambda params, x: x.sum(axis=1) * params[0], batch_size=32)
+    params = np.ones(6 * 2**18, np.float32)
+    changed = params.copy()
+    changed[2 * 2**18] = 2
+
+    def run(params):
+        kept = jh.checkpoint(tmp_path / "kept", fingerprint=extent)
+        return calc.calc_from_host(params, ROWS[:64], out=tmp_path / "out.npy", checkpoint=kept)
+
+    run(params)
+    if extent == "auto":
+        run(changed)
+        return
+    with pytest.raises(ValueError, match=r"saw params float32\[1572864\] \w+ where float32"):
+        run(changed)
+
+
+def test_another_processor_is_refused(kept, monkeypatch):
+    monkeypatch.setattr(identity, "processor", lambda: ["flags: avx9", "model name\t: Other 1"])
+    with pytest.raises(ValueError, match="saw device cpu cpu, Other 1, instructions .* where"):
+        train(kept)
+    _, info = train(kept, resume="ignore:device")
+    assert info.report.rows == 0
+
+
+def test_a_processor_of_other_instructions_is_another(monkeypatch):
+    texts = set()
+    for lines in (["flags: avx", "model name: A"], ["flags: avx9", "model name: A"], ["arm64", ""]):
+        monkeypatch.setattr(identity, "processor", lambda lines=lines: lines)
+        texts.add(identity.device_text(jax.devices()[0]))
+    assert len(texts) == 3

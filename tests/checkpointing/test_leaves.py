@@ -1,6 +1,7 @@
 """Trees as named arrays: exactly what went in comes out, and nothing else is taken."""
 
 import re
+from collections import OrderedDict, namedtuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxhandler.checkpointing.leaves import flatten, nested, restore
+from jaxhandler.checkpointing.leaves import flatten, nested, nodes_of, restore
 from jaxhandler.tensors import decode, encode
 
 
@@ -95,6 +96,51 @@ def test_keys_of_another_kind_are_refused():
     entries, arrays = flatten(jax.random.key(0), "state")
     with pytest.raises(ValueError, match=r"rbg keys\[\] in like where threefry2x32"):
         restore(entries, arrays, jax.random.key(0, impl="rbg"), "state")
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64", "float64", "complex128"])
+def test_64_bits_that_jax_does_not_have_now_are_refused(dtype):
+    leaf = np.asarray(2**40 + 2, dtype)
+    tree = {"w": np.zeros(2, np.float32), "n": leaf}
+    like = {"w": jnp.zeros(2), "n": jax.ShapeDtypeStruct((), leaf.dtype)}
+    message = rf"like\['n'\]: saw {dtype} without jax_enable_x64, expected a dtype that JAX has now"
+    with pytest.raises(ValueError, match=message):
+        restore(*read_back(tree), like, "state")
+    # With a NumPy array there, NumPy's it stays.
+    assert_same(restore(*read_back(tree), {**like, "n": np.zeros_like(leaf)}, "state")["n"], leaf)
+    with jax.enable_x64(True):
+        assert restore(*read_back(tree), like, "state")["n"] == 2**40 + 2
+
+
+One, Other = (namedtuple(name, ["x", "y"]) for name in ("One", "Other"))
+LEAF = np.zeros(2, np.float32)
+TREE = One(LEAF, {"in": (LEAF, ()), "none": None})
+
+
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        (Other(*TREE), "Other in like where One is stored"),
+        (TREE._replace(y={"in": [LEAF, ()], "none": None}), "list in like.y['in'] where tuple"),
+        (TREE._replace(y=OrderedDict(TREE.y)), "OrderedDict in like.y where dict is stored"),
+        (TREE._replace(y={"in": (LEAF, {}), "none": None}), "dict in like.y['in'][1] where tuple"),
+        (TREE._replace(y={"in": (LEAF,), "none": None}), "nothing in like.y['in'][1] where tuple"),
+        (TREE._replace(y={**TREE.y, "more": ()}), "tuple in like.y['more'] where nothing"),
+        (TREE._replace(y={"in": (LEAF, LEAF), "none": None}), "float32[2] in like.y['in'][1]"),
+    ],
+    ids=["class", "list", "order", "empty", "missing", "one too many", "a leaf"],
+)
+def test_other_classes_of_nodes_are_named(like, message):
+    given = *read_back(TREE), like, "state"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        restore(*given, nodes=nodes_of(TREE, "state"))
+
+
+def test_a_tree_of_types_has_the_nodes_of_its_arrays():
+    tree = {"opt": optax.adam(0.1).init({"w": jnp.ones(3)}), "nothing": ()}
+    like, nodes = jax.eval_shape(lambda: tree), nodes_of(tree, "state")
+    assert nodes["state['opt'][0]"] == "ScaleByAdamState"
+    assert_same(restore(*read_back(tree), like, "state", nodes=nodes), tree)
 
 
 def test_without_like_fields_and_places_name_the_leaves():

@@ -63,3 +63,13 @@ def test_without_a_digest_nothing_is_read():
 def test_an_unknown_extent_is_refused():
     with pytest.raises(ValueError, match="fingerprint: saw 'half'"):
         of(X, "half")
+
+
+def test_an_error_of_the_source_says_which_rows_they_were():
+    def failing(start, stop):
+        raise OSError(5, "Input/output error")
+
+    source = dataclasses.replace(open_source(X), read=failing, borrow=None)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        fingerprint(source)
+    assert caught.value.__notes__ == ["This came while reading rows 0 to 20 of data."]

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import operator
+import re
 import threading
 import time
 
@@ -280,3 +281,34 @@ def test_a_clock_adds_up_by_stage_also_where_the_stage_fails():
         raise ValueError
     assert 0.04 <= clock.seconds["read"] < 5
     assert clock.seconds["write"] == 0
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize(
+    ("shuffle", "rows"),
+    [(None, "32 to 48"), ("rows", "(32|48) to (48|64)"), ("global", r"(\d+, ){7}\d+ and 8 more")],
+)
+def test_an_error_of_the_source_says_which_rows_they_were(shuffle, rows, ahead):
+    failures = []
+
+    def failing(read):
+        def reading(*which):
+            found = read(*which)
+            if found.max() < 40:
+                return found
+            failures.append(OSError(5, "Input/output error"))
+            raise failures[-1]
+
+        return reading
+
+    source = jh.open_source(np.arange(64, dtype=np.float32))
+    take, read = failing(source.take), failing(source.read)
+    corrupt = dataclasses.replace(source, take=take, read=read, borrow=None)
+    identity = jh.handler(lambda carry, x: (carry, x), batch_size=8)
+    options = {"macrobatch_size": 16, "read_ahead": ahead, "shuffle": shuffle}
+    key = None if shuffle is None else jax.random.key(0)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        identity.handle_from_host(0.0, corrupt, key=key, **options)
+    assert caught.value is failures[0]
+    [note] = caught.value.__notes__
+    assert re.fullmatch(f"This came while reading rows {rows} of {source.name}.", note)

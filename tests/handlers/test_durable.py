@@ -356,6 +356,7 @@ DIFFERENT = {
     "data rows": {"data": {"x": X[:-1], "y": DATA["y"][:-1]}},
     "batch_size": {"trainer": rebuilt(batch_size=8)},
     "macrobatch_size": {"macrobatch_size": 48},
+    "macrobatch_size of auto": {"macrobatch_size": "auto"},
     "tail": {"trainer": rebuilt(tail="drop")},
     "mode": {"trainer": rebuilt(mode="loop")},
     "shuffle": {"shuffle": "blocks"},
@@ -428,6 +429,102 @@ def test_an_ignored_field_that_changes_what_is_next_is_refused(tmp_path):
     fewer = {name: column[:70] for name, column in DATA.items()}
     with pytest.raises(ValueError, match="saw 3 macrobatches of 32 rows .* in epoch"):
         train(checkpoint=kept, data=fewer)
+
+
+SMALLER = rebuilt(batch_size=8)
+
+
+@pytest.mark.parametrize("ends", [1, 2])
+def test_another_batch_size_goes_on_where_it_is_ignored(ends, tmp_path):
+    train(tmp_path, epochs=ends)
+    kept = jh.checkpoint(tmp_path, every=0, resume="ignore:batch_size,epochs")
+    state, info = train(trainer=SMALLER, checkpoint=kept)
+    begun, first = train(epochs=ends)
+    expected, rest = train(trainer=SMALLER, state=begun, epochs=3 - ends)
+    assert numbers(state) == numbers(expected)
+    np.testing.assert_array_equal(info.losses, np.concatenate([first.losses, rest.losses]))
+    # From here on it is the run's own.
+    again, info = train(tmp_path, trainer=SMALLER)
+    assert numbers(again) == numbers(expected)
+    assert info.report.rows == 0
+
+
+@pytest.mark.parametrize("shuffle", ["blocks", "rows", "global"])
+@pytest.mark.parametrize("size", [8, 32])
+def test_another_batch_size_in_the_middle_of_an_epoch_visits_every_row_once(
+    size, shuffle, tmp_path
+):
+    def counting(batch_size):
+        return jh.handler(
+            lambda seen, rows: (seen.at[rows["n"]].add(1), rows["n"].max()),
+            outputs="steps", batch_size=batch_size,
+        )  # fmt: skip
+
+    data = {"n": np.arange(150, dtype=np.int32)}
+    # 32 rows in batches of 16, and in those of 8 as well.
+    options = {"macrobatch_size": 40, "shuffle": shuffle, "key": jax.random.key(3)}
+    seen = jnp.zeros(150, jnp.int32)
+    with pytest.raises(Stopped):
+        counting(16).handle_from_host(
+            seen, data, checkpoint=jh.checkpoint(tmp_path, every=0),
+            on_macrobatch_start=stop_at(4), **options,
+        )  # fmt: skip
+    kept = jh.checkpoint(tmp_path, every=0, resume="ignore:batch_size")
+    visited = []
+    seen, out = counting(size).handle_from_host(
+        seen, data, checkpoint=kept, on_macrobatch_start=visited.append, **options
+    )
+    np.testing.assert_array_equal(seen, 1)
+    assert 2 <= len(visited) <= 3
+    assert len(out) > 6
+
+
+def test_outputs_go_on_in_batches_of_another_size(tmp_path):
+    with pytest.raises(Stopped):
+        calculate(tmp_path, "out.npy", ONE, stop=4)
+    smaller = jh.calculator(ONE.program.fn, batch_size=8)
+    kept = jh.checkpoint(tmp_path / "kept", every=0, resume="ignore:batch_size")
+    again = smaller.calc_from_host(
+        jnp.float32(2), DATA, out=tmp_path / "out.npy", macrobatch_size=32, checkpoint=kept
+    )
+    np.testing.assert_allclose(again.read(0, len(X)), np.sin(2 * X), rtol=1e-5)
+
+
+def test_a_batch_size_of_which_macrobatches_differ_is_refused_within_an_epoch(tmp_path):
+    with pytest.raises(Stopped):
+        train(tmp_path, stop=4)
+    kept = jh.checkpoint(tmp_path, resume="ignore:batch_size")
+    with pytest.raises(ValueError, match=r"macrobatches of 20 rows in batches of 20 .* 32 rows"):
+        train(checkpoint=kept, trainer=rebuilt(batch_size=20))
+
+
+def test_another_step_is_refused_where_the_batch_size_is_ignored(stopped):
+    kept = jh.checkpoint(stopped, resume="ignore:batch_size")
+    with pytest.raises(
+        ValueError, match=r"saw step \w{16} where .*ignore:batch_size,step"
+    ) as caught:
+        train(checkpoint=kept, trainer=rebuilt(other_loss, batch_size=8))
+    assert "batch_size 8" not in str(caught.value)
+
+    def of_eights(params, model_state, batch, key):
+        return loss_fn(
+            params, model_state, jax.tree.map(lambda x: x.reshape(8, *x.shape[1:]), batch), key
+        )
+
+    with pytest.raises(ValueError, match="step one that takes no batch of 16 rows where"):
+        train(checkpoint=kept, trainer=rebuilt(of_eights, batch_size=8, tail="drop"))
+
+
+def test_what_is_ignored_is_as_it_is_asked_for_now(tmp_path):
+    train(tmp_path, epochs=1)
+    kept = jh.checkpoint(tmp_path, resume="ignore:epochs,macrobatch_size,mode")
+    other = dataclasses.replace(TRAINER, program=TRAINER.program._replace(mode="loop"))
+    state, info = train(trainer=other, checkpoint=kept, macrobatch_size=48)
+    assert (info.report.macrobatch_size, info.report.mode) == (48, "loop")
+    begun, _ = train(epochs=1)
+    assert numbers(state) == numbers(
+        train(trainer=other, state=begun, macrobatch_size=48, epochs=2)[0]
+    )
 
 
 def test_every_field_can_be_ignored():

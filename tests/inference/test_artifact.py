@@ -244,6 +244,15 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [MODEL, PARAMS])
+@pytest.mark.parametrize("size", [10, 2**42], ids=["cut", "longer than memory"])
+def test_a_file_of_another_size_is_refused_by_name(tmp_path: Path, name: str, size: int) -> None:
+    an_inferer().save(tmp_path / "model")
+    os.truncate(tmp_path / "model" / name, size)
+    with pytest.raises(ValueError, match=rf"{name}: saw {size} bytes where the manifest says \d+"):
+        jh.load_inferer(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", [MODEL, PARAMS])
 def test_a_missing_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
     an_inferer().save(tmp_path / "model")
     (tmp_path / "model" / name).unlink()
@@ -291,8 +300,8 @@ def test_a_manifest_that_makes_no_sense_is_refused_by_name(tmp_path: Path, chang
 def test_a_model_of_another_kind_of_file_is_refused_by_name(tmp_path: Path) -> None:
     an_inferer().save(tmp_path / "model")
     (tmp_path / "model" / MODEL).write_bytes(b"junk")
-    digest = hashlib.sha256(b"junk").hexdigest()
-    rewrite(tmp_path / "model", lambda manifest: manifest["files"][MODEL].update(sha256=digest))
+    said = {"bytes": 4, "sha256": hashlib.sha256(b"junk").hexdigest()}
+    rewrite(tmp_path / "model", lambda manifest: manifest["files"][MODEL].update(said))
     with pytest.raises(ValueError, match=f"{MODEL}: saw what jax .* cannot read"):
         jh.load_inferer(tmp_path / "model")
 

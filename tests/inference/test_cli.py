@@ -54,7 +54,7 @@ def test_describe_finds_a_damaged_file(model: str, capsys: pytest.CaptureFixture
     assert main(["describe", model]) == 1
     found = capsys.readouterr()
     assert not found.out
-    assert f"{PARAMS}: saw 0 bytes of another SHA-256" in found.err
+    assert f"{PARAMS}: saw 0 bytes where the manifest says" in found.err
 
 
 def test_run_writes_the_predictions_for_a_folder_of_columns(
