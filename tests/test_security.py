@@ -3,8 +3,9 @@
 import ast
 import json
 import os
+import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,47 +26,99 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 X = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 # Whatever runs code that it finds in a file, and what rests on it.
-PICKLES = {"_pickle", "cloudpickle", "dill", "joblib", "klepto", "marshal", "pickle", "shelve"}
-PICKLING = {"read_pickle", "serialize_executable", "to_pickle", "deserialize_and_load"}
+PICKLES = {
+    "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "jsonpickle", "klepto", "marshal",
+    "pickle", "pickletools", "shelve",
+}  # fmt: skip
+PICKLING = {
+    "ForkingPickler", "deserialize_and_load", "read_pickle", "serialize_executable", "to_pickle",
+}  # fmt: skip
 # `torch.load` and its like: libraries of peers whose own formats are pickles.
-LOADERS = {"torch", "tf", "keras"}
+LOADERS = {"keras", "tensorflow", "tf", "torch"}
+# NumPy must be told to refuse them.
+NUMPYS = {f"numpy.{name}" for name in ("load", "save", "savez", "savez_compressed")}
+IMPORTING = {"__import__", "import_module"}
 # Formats of peers that rest on pickles, by the file that reads them; none so far.
 EXCEPTED: set[str] = set()
 
 
 def pickling(tree: ast.AST, *, told: bool) -> list[str]:
     """What in a module may read or write pickles; with `told` NumPy must be told to refuse them."""
+    meant, calls = meanings(tree), [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    refusing = {call.func for call in calls if allowing(call, meant) == "False"}
     found = []
     for node in ast.walk(tree):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Attribute):
-            names = [node.attr] if node.attr in PICKLING else []
-        elif isinstance(node, ast.Call):
-            function, said = (
-                ast.unparse(node.func),
-                {each.arg: each.value for each in node.keywords},
-            )
-            if "allow_pickle" in said and ast.unparse(said["allow_pickle"]) != "False":
-                names = [f"{function}(allow_pickle=...)"]
-            elif told and function in {"np.load", "np.save", "np.savez", "np.savez_compressed"}:
-                names = [] if "allow_pickle" in said else [function]
-            module, _, called = function.rpartition(".")
-            if called == "load" and module in LOADERS:
-                names = [function]
-            if called == "import_module" and node.args and isinstance(node.args[0], ast.Constant):
-                names = [str(node.args[0].value)]
-        imported = isinstance(node, ast.Import | ast.ImportFrom) or "import_module" in ast.dump(
-            node
-        )
-        for name in names:
-            parts = set(name.split("."))
-            if not imported or parts & (PICKLES | PICKLING):
+        for name in names_in(node, meant):
+            if forbidden(name) or (told and name in NUMPYS and node not in refusing):
                 found.append(f"line {getattr(node, 'lineno', 0)}: {name}")
-    return found
+    return found + [
+        f"line {call.lineno}: {full_name(call.func, meant)}(allow_pickle=...)"
+        for call in calls
+        if allowing(call, meant) not in ("", "False")
+    ]
+
+
+def forbidden(name: str) -> bool:
+    """Whether what has this name, with the modules it lies in, pickles."""
+    parts = name.split(".")
+    return (
+        not (PICKLES | PICKLING).isdisjoint(parts)
+        or parts[:2] == ["multiprocessing", "reduction"]
+        or (parts[0] in LOADERS and parts[-1] in {"load", "save"})
+    )
+
+
+def allowing(call: ast.Call, meant: Mapping[str, str]) -> str:
+    """What a call says of pickles; "" for nothing."""
+    if len(call.args) > 2 and full_name(call.func, meant) in {"numpy.load", "numpy.save"}:
+        return ast.unparse(call.args[2])
+    said = [ast.unparse(each.value) for each in call.keywords if each.arg == "allow_pickle"]
+    return said[0] if said else ""
+
+
+def names_in(node: ast.AST, meant: Mapping[str, str]) -> Iterator[str]:
+    """The full names that a node mentions, in text as well: that may be handed on to import it."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Name | ast.Attribute | ast.Call):
+        yield full_name(node, meant)
+    elif isinstance(node, ast.Constant) and re.fullmatch(r"[\w.]+", str(node.value)):
+        yield str(node.value)
+
+
+def meanings(tree: ast.AST) -> dict[str, str]:
+    """The full names behind a module's short ones."""
+    meant = {"np": "numpy"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            meant |= {each.asname: each.name for each in node.names if each.asname}
+        elif isinstance(node, ast.ImportFrom):
+            meant |= {each.asname or each.name: f"{node.module}.{each.name}" for each in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Call):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if name := full_name(node.value, meant):
+                meant |= {each.id: name for each in targets if isinstance(each, ast.Name)}
+    return meant
+
+
+def full_name(node: ast.AST, meant: Mapping[str, str]) -> str:
+    """The name of what a node is: "numpy.load" for `np.load`; "" where it has none."""
+    if isinstance(node, ast.Name):
+        return meant.get(node.id, node.id)
+    if isinstance(node, ast.Attribute):
+        return f"{full_name(node.value, meant)}.{node.attr}"
+    if isinstance(node, ast.Call):
+        function, texts = (
+            full_name(node.func, meant),
+            [getattr(a, "value", None) for a in node.args],
+        )
+        if function.rpartition(".")[2] in IMPORTING and texts and isinstance(texts[0], str):
+            return texts[0]
+        if function == "getattr" and len(texts) > 1 and isinstance(texts[1], str):
+            return f"{full_name(node.args[0], meant)}.{texts[1]}"
+    return ""
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -80,20 +133,76 @@ def test_no_module_pickles(path: Path) -> None:
     "line",
     [
         "import pickle",
+        "import pickle as p",
         "from pickle import loads",
+        "import _pickle",
         "import joblib as j",
+        "from joblib import load",
+        "import dill",
+        "import cloudpickle",
+        "import shelve",
+        "import marshal",
+        "def later():\n    from marshal import loads",
+        "__import__('pickle').loads(data)",
+        "importlib.import_module('pickle')",
+        "importlib.import_module('dill')",
+        "from importlib import import_module as load\nload('pickle')",
+        "module = 'cloudpickle'",
+        "extra('joblib', 'argument', 'io')",
         "from jax.experimental import serialize_executable",
+        "from jax.experimental.serialize_executable import deserialize_and_load",
+        "import multiprocessing.reduction",
+        "from multiprocessing import reduction",
+        "from multiprocessing.reduction import ForkingPickler",
+        "multiprocessing.reduction.dump(rows, file)",
         "np.load(path, allow_pickle=True)",
         "np.load(path, allow_pickle=maybe)",
+        "np.load(path, None, True)",
         "np.load(path)",
         "np.save(path, rows)",
+        "np.savez(path, x=rows)",
+        "numpy.load(path)",
+        "import numpy\nnumpy.load(path)",
+        "import numpy as n\nn.load(path)",
+        "from numpy import load",
+        "from numpy import load as read\nread(path)",
+        "read = np.load",
+        "map(np.load, paths)",
+        "getattr(np, 'load')(path)",
+        "n = importlib.import_module('numpy')\nn.load(path)",
+        "__import__('numpy').load(path)",
+        "np.lib.format.read_array(file, allow_pickle=True)",
         "torch.load(path)",
+        "torch.save(rows, path)",
+        "torch.jit.load(path)",
+        "import torch as t\nt.load(path)",
+        "from torch import load",
+        "library: Any = importlib.import_module('torch')\nlibrary.save(rows, path)",
+        "keras.models.load(path)",
         "frame.to_pickle(path)",
-        "importlib.import_module('dill')",
+        "pandas.read_pickle(path)",
+        "frames()[0].to_pickle(path)",
     ],
 )
 def test_pickling_would_be_found(line: str) -> None:
     assert pickling(ast.parse(line), told=True) != []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "np.load(path, allow_pickle=False)",
+        "np.savez(path, allow_pickle=False, **rows)",
+        "from numpy.lib.format import read_magic",
+        "json.load(file)",
+        "jh.load_state(path)",
+        "torch.nn.Linear(3, 3)",
+        "importlib.import_module('torch')",
+        "'No pickle, and no marshal.'",
+    ],
+)
+def test_what_does_not_pickle_passes(line: str) -> None:
+    assert pickling(ast.parse(line), told=True) == []
 
 
 class Canary:

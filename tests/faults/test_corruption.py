@@ -1,5 +1,6 @@
 """Every file that the package writes, cut, deleted or with a bit flipped: named, or harmless."""
 
+import itertools
 import random
 import re
 import shutil
@@ -73,9 +74,21 @@ def named(path: Path, said: list[str]) -> bool:
     return any(path.name in text or path.parent.name in text for text in said)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("when", ["stopped", "complete"])
-@pytest.mark.parametrize("scenario", ["trainer", "npy", "zarr"])
+WHEN = ("stopped", "complete")
+DAMAGED = [
+    *itertools.product(("trainer", "npy", "zarr"), WHEN, DAMAGES),
+    ("ensemble", "stopped", "cut"),
+    ("fit", "stopped", "flipped"),
+]
+DAMAGED_SLOWLY = [
+    each for each in itertools.product(SCENARIOS, WHEN, DAMAGES) if each not in DAMAGED
+]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "when", "damage"),
+    [*DAMAGED, *(pytest.param(*each, marks=pytest.mark.slow) for each in DAMAGED_SLOWLY)],
+)
 def test_damage_is_found(scenario: str, when: str, damage: str, tmp_path: Path) -> None:
     rng, whole, work = random.Random(f"{scenario}{when}{damage}"), tmp_path / "w", tmp_path / "run"
     SCENARIOS[scenario](whole)

@@ -1,13 +1,24 @@
 """Killed at any moment and run again, a run ends with the very bits of one that nobody killed."""
 
+import itertools
 import random
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import SCENARIOS, Death, count_operations, draw_death, results, run_child
+from jaxhandler.checkpointing.commits import commits_in
+from tests.faults.runs import (
+    SCENARIOS,
+    Death,
+    count_operations,
+    draw_death,
+    in_child,
+    paced,
+    results,
+    run_child,
+)
 
 KILLED = -signal.SIGKILL
 
@@ -65,7 +76,8 @@ def test_many_kills_leave_no_trace(scenario: str, whole: dict, tmp_path: Path) -
 def test_kills_at_every_operation_leave_no_trace(
     scenario: str, manner: str, whole: dict, tmp_path: Path
 ) -> None:
-    names = count_operations(scenario, tmp_path / "counted")
+    operations = count_operations(scenario, tmp_path / "counted")
+    names = [operation.name for operation in operations]
     # The first two of each kind and the last: what is done once per commit repeats.
     places = sorted({i for name in set(names) for i in _places(names, name)})
     for place in places:
@@ -78,3 +90,51 @@ def test_kills_at_every_operation_leave_no_trace(
 def _places(names: list[str], name: str) -> list[int]:
     found = [place for place, each in enumerate(names) if each == name]
     return [*found[:2], *found[-1:]]
+
+
+INTERVAL = 0.05
+
+
+@pytest.mark.parametrize(
+    "kills", [1, pytest.param(10, marks=pytest.mark.slow)], ids=["one kill", "many kills"]
+)
+def test_a_kill_costs_an_interval_at_most(kills: int, tmp_path: Path) -> None:
+    """Of work: since the macrobatch began that is the first one not in the newest commit.
+
+    At the kill, and at the worst moments to be killed before it. How long macrobatches and commits
+    took, the run itself says, so a slow machine is no failure.
+    """
+    rng = random.Random(0)
+    for kill in range(kills):
+        folder = tmp_path / str(kill)
+        folder.mkdir()
+        # Late enough for several commits.
+        number, seconds = rng.randint(80, 160), rng.uniform(0, 0.02)
+        assert in_child(paced, folder, INTERVAL, number, seconds) == KILLED
+        times: dict[str, dict[int, float]] = {"visit": {}, "save": {}, "kept": {}, "killed": {}}
+        for word, place, when in map(str.split, (folder / "log").read_text().splitlines()):
+            times[word][int(place)] = float(when)
+        # What counts is on the disk.
+        assert next(commits_in(folder / "kept")).content["visits"] >= max(times["kept"])
+        for lost, macrobatch, commit in losses(times):
+            # An interval, or the commit before where that took longer; the macrobatches that are
+            # under way when it ends, and after which one commits; and that commit.
+            assert lost <= max(INTERVAL, commit) + 2 * macrobatch + commit
+
+
+def losses(times: dict[str, dict[int, float]]) -> Iterator[tuple[float, float, float]]:
+    """For each commit the seconds of work to lose right before the next one, or at the kill.
+
+    Besides, those of the longest macrobatch and commit meanwhile.
+    """
+    kept, killed = times["kept"], times["killed"][0]
+    for newest, end in zip(kept, [*kept.values(), killed][1:], strict=True):
+        begun = [when for number, when in times["visit"].items() if number >= newest - 1]
+        begun = [when for when in begun if when < end]
+        commits = [
+            min(kept.get(number, end), end) - when
+            for number, when in times["save"].items()
+            if number >= newest and when < end
+        ]
+        longest = max(after - before for before, after in itertools.pairwise([*begun, end]))
+        yield end - times["visit"].get(newest, end), longest, max(commits)
