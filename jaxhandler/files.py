@@ -72,9 +72,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        yield fresh
-        sync_file(fresh)
-        os.replace(fresh, target)
+        with blaming(target):
+            yield fresh
+            sync_file(fresh)
+            os.replace(fresh, target)
     finally:
         fresh.unlink(missing_ok=True)
     sync_folder(target.parent)
@@ -120,7 +121,8 @@ def sync_folder(path: Path) -> None:
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            with blaming(path):
+                os.fsync(handle)
         finally:
             os.close(handle)
 

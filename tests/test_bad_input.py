@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -452,6 +453,12 @@ def chunks(folder: Path, damage: Callable[[Path], object]) -> Path:
     return folder / "x.zarr"
 
 
+def half_written(folder: Path) -> Path:
+    with h5py.File(folder / "x.h5", "w") as file:
+        file.create_dataset("x", X.shape, X.dtype, chunks=(2, 3))[:4] = X[:4]
+    return folder / "x.h5"
+
+
 def reading(make: Callable[[Path], Any], key: str = "x") -> Callable[[Path], object]:
     return lambda folder: CALC.calc_from_host(P, {key: make(folder)})
 
@@ -463,6 +470,9 @@ def saved(folder: Path) -> Path:
 
 
 FILES = {
+    "rows of HDF5 that were never written": Case(
+        reading(half_written), ValueError, ("no chunk for rows 4 to 6", 'missing_chunks="fill"')
+    ),
     "a .npy that was cut": Case(
         reading(cut), ValueError, ("x.npy: saw 228 bytes, expected at least 248 (row 8 is cut)",)
     ),

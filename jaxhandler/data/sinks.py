@@ -291,7 +291,8 @@ class FileSink:
             if form.folder:
                 partial.mkdir()
             files.write_manifest(files.manifest_of(partial), {**self._manifest, "complete": False})
-            self._writer: Writer = form.open(partial, output)
+            with files.blaming(partial):
+                self._writer: Writer = form.open(partial, output)
         elif not self._published:
             self._check_owner()
             assert form.resume is not None

@@ -134,19 +134,14 @@ def test_all_that_a_run_leaves_was_written_where_faults_are_put(
     assert len(manifests) == 2 + (scenario in ("npy", "zarr"))
 
 
-NAMELESS = pytest.mark.xfail(
-    strict=True, reason="writes of manifests and of zarr, and fsync of folders, name no file"
-)
-
-
 @pytest.mark.parametrize(
     ("scenario", "step"),
     [
         ("trainer", 61),
-        pytest.param("npy", 3, marks=NAMELESS),
-        pytest.param("zarr", 6, marks=NAMELESS),
-        pytest.param("npy", 1, marks=[NAMELESS, pytest.mark.slow]),
-        pytest.param("zarr", 1, marks=[NAMELESS, pytest.mark.slow]),
+        ("npy", 3),
+        ("zarr", 6),
+        pytest.param("npy", 1, marks=pytest.mark.slow),
+        pytest.param("zarr", 1, marks=pytest.mark.slow),
         pytest.param("fit", 5, marks=pytest.mark.slow),
     ],
 )
