@@ -44,7 +44,7 @@ def main() -> None:
     rounds = min(options.rounds, 1) if options.quick else options.rounds
     width, rows = (64, 512) if options.quick else (1024, 12_800)
     notes = [
-        "bars: share at 30 s at most 3 %, held p95 at most 300 ms, digests at most 2 %",
+        "bars: share at 30 s at most 3 %, held p95 at most 300 ms",
         "held ms leaves out the last commit of a run, which is waited for",
     ]
     table = [
