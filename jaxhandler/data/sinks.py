@@ -173,9 +173,9 @@ class HostSink:
 
     def write(self, start: int, pieces: list[Any]) -> None:
         before = (slice(None),) * self._axis
-        columns = zip(*(jax.tree.leaves(piece) for piece in pieces), strict=True)
-        for whole, column in zip(jax.tree.leaves(self._arrays), columns, strict=True):
-            parts = [np.asarray(part) for part in column]
+        wholes, leaves = jax.tree.leaves(self._arrays), jax.tree.leaves(pieces)
+        for place, whole in enumerate(wholes):
+            parts = [np.asarray(part) for part in leaves[place :: len(wholes)]]
             stop = start + sum(part.shape[self._axis] for part in parts)
             np.concatenate(parts, axis=self._axis, out=whole[(*before, slice(start, stop))])
 

@@ -142,8 +142,8 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
         DeviceMemoryError: If the device has no memory left, and nothing less is to be had.
     """
     options, program = run.options, run.program
-    # Threads pay where something waits for a disk; rows in memory are there already.
-    reader = Lane("jaxhandler-read" if options.read_ahead and not run.borrows else None)
+    # Threads pay where something waits for a disk; rows in memory are there already, or soon.
+    reader = Lane("jaxhandler-read" if options.read_ahead and not run.at_hand else None)
     writer = Lane("jaxhandler-write" if isinstance(sink, FileSink) else None)
     bar = _open_bar(options)
     pending: deque[_UnderWay] = deque()

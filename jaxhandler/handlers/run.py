@@ -31,7 +31,8 @@ from jaxhandler.typing import Callback, Step
 
 __all__ = ["Run"]
 
-_WORTH_COLLECTING = 2**18
+# Bytes below which a thread or a collection takes longer than what it is for.
+_SMALL = 2**18
 
 
 class Run:
@@ -99,8 +100,7 @@ class Run:
             self._carry = owned(self._carry)
         # A carry may keep rows it has seen; sinks copy, so without one nothing outlives the run.
         self.borrows = source.borrow is not None and not jax.tree.leaves(carry)
-        views = options.resident and options.shuffle != "global"
-        self.fresh = not (views or self.borrows)
+        self.fresh = not (self.borrows or (options.resident and options.shuffle != "global"))
         self.plans = Plans(program, step, self._keys, pinned(self._carry))
         self.device = device_of((self.consts, self._carry), self.sharding)
         self.on_cpu = self.device.platform == "cpu"
@@ -116,6 +116,7 @@ class Run:
         if program.outputs == "rows":
             per_row += row_bytes(self.traced.out, row_axis=program.row_axis)
         self.bytes = min(self.size, num_rows) * per_row
+        self.at_hand = self.borrows or (source.borrow is not None and self.bytes < _SMALL)
         self.layout = Layout(
             size=self.size,
             batch_size=size,
@@ -357,7 +358,7 @@ class Run:
         collects garbage: a collection of the youngest objects is enough. Python drops a Ctrl-C that
         comes in the middle of one, but only ever interrupts the main thread; hence another.
         """
-        if not (self.on_cpu and self.fresh) or self.bytes < _WORTH_COLLECTING:
+        if not (self.on_cpu and self.fresh) or self.bytes < _SMALL:
             return
         if threading.current_thread() is not threading.main_thread():
             gc.collect(0)

@@ -13,6 +13,7 @@ import weakref
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxhandler as jh
@@ -339,6 +340,23 @@ def test_reading_runs_in_a_thread_beside_the_computation():
     threads.clear()
     doubling().calc_from_host((), Watched(), macrobatch_size=8, read_ahead=0)
     assert threads == {"MainThread"}
+
+
+@pytest.mark.parametrize(("rows", "reading"), [(8, set()), (80_000, {"jaxhandler-read_0"})])
+def test_rows_in_memory_get_a_thread_where_copying_them_takes_a_while(rows, reading):
+    threads = set()
+
+    def note(progress):
+        names = {thread.name for thread in threading.enumerate()}
+        threads.update(name for name in names if name.startswith("jaxhandler-read"))
+
+    trainer = jh.trainer(lambda params, x: (params * x).mean(), optax.sgd(0.1), batch_size=rows)
+    state = trainer.init(jnp.float32(1), key=jax.random.key(0))
+    data = np.zeros(2 * rows, np.float32)
+    trainer.train_from_host(
+        state, data, macrobatch_size=rows, shuffle=None, on_macrobatch_finish=note
+    )
+    assert threads == reading
 
 
 def test_auto_cuts_the_data_into_macrobatches_that_fit():
