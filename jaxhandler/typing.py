@@ -10,8 +10,9 @@ from jaxhandler.errors import explain
 
 __all__ = ["Batch", "Callback", "Mean", "Placement", "Progress", "RunReport", "Step"]
 
+_NAMED = 0.01
 _DRAWN = ("read", "transfer", "compute", "write")
-_STAGES = ("compute", "read", "transfer", "write", "compile")
+_OTHERS = ("compile", "commit", "callback")
 
 Placement: TypeAlias = jax.sharding.Sharding | jax.sharding.PartitionSpec | None
 
@@ -70,7 +71,7 @@ class RunReport:
     """Where the time of a run went, and what bounds it.
 
     Reading, transfer, compute and writing overlap, so their sum may exceed `total`; the largest of
-    them, or compiling, bounds the run.
+    them bounds the run, or what held it up: compiling, commits, callbacks.
 
     Attributes:
         read: Seconds reading rows from the source.
@@ -79,6 +80,7 @@ class RunReport:
         write: Seconds fetching outputs and writing them to the sink.
         wait: Seconds the loop waited for rows.
         commit: Seconds that commits of a checkpoint held the loop up.
+        callback: Seconds that the device had nothing to do because of callbacks.
         total: Seconds from start to end.
         rows: Rows visited.
         compiles: Plans compiled during the run.
@@ -102,6 +104,7 @@ class RunReport:
     write: float = 0.0
     wait: float = 0.0
     commit: float = 0.0
+    callback: float = 0.0
     total: float = 0.0
     rows: int = 0
     compiles: int = 0
@@ -112,8 +115,11 @@ class RunReport:
 
     @property
     def bound_by(self) -> str:
-        """What took longest, "read", "transfer", "compute", "write" or "compile"."""
-        return max(_STAGES, key=lambda name: getattr(self, name))
+        """What took longest.
+
+        "compute", "read", "transfer" or "write"; or "compile", "commit" or "callback".
+        """
+        return max(("compute", *_DRAWN, *_OTHERS), key=lambda name: getattr(self, name))
 
     @property
     def rows_per_second(self) -> float:
@@ -121,7 +127,11 @@ class RunReport:
         return self.rows / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        stages = ", ".join(f"{name} {getattr(self, name):.2f} s" for name in _DRAWN)
+        if not self.rows:
+            return f"0 rows in {self.total:.2f} s: nothing was left to do"
+        # What a run was hardly held up by is not worth the room.
+        others = (name for name in _OTHERS if getattr(self, name) >= _NAMED * self.total > 0)
+        stages = ", ".join(f"{name} {getattr(self, name):.2f} s" for name in (*_DRAWN, *others))
         return (
             f"{self.rows:,} rows in {self.total:.2f} s ({self.rows_per_second:,.0f} rows/s), "
             f"bound by {self.bound_by}: {stages}"

@@ -42,6 +42,20 @@ def test_what_the_timeline_adds_up_to_is_what_the_report_says(tmp_path):
         assert spent == pytest.approx(getattr(report, stage))
 
 
+@pytest.mark.parametrize("stage", ["compile", "commit", "callback"])
+def test_what_held_a_run_up_is_named_with_its_seconds(stage):
+    report = jh.RunReport(rows=8, total=4.0, compute=1.0, **{stage: 2.0})
+    assert report.bound_by == stage
+    assert f"bound by {stage}: " in str(report)
+    assert str(report).endswith(f"write 0.00 s, {stage} 2.00 s")
+    hardly = jh.RunReport(rows=8, total=4.0, compute=3.0, **{stage: 0.03})
+    assert stage not in str(hardly)
+
+
+def test_a_run_with_nothing_left_to_do_says_so():
+    assert str(jh.RunReport(total=0.5)) == "0 rows in 0.50 s: nothing was left to do"
+
+
 def test_a_progress_that_is_kept_reports_the_whole_run(tmp_path):
     first, *_, last = reports_of_a_run(tmp_path)
     assert first.report == last.report

@@ -40,7 +40,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
-        stages = ("read", "transfer", "compute", "write", "wait", "commit")
+        stages = ("read", "transfer", "compute", "write", "wait", "commit", "callback")
         self.seconds: dict[str, float] = dict.fromkeys(stages, 0.0)
         self.timeline: deque[tuple[str, float, float]] = deque(maxlen=_NOTED)
 

@@ -13,10 +13,11 @@ from jaxhandler.data.sinks import FileSink, Sink
 from jaxhandler.data.sources import Source
 from jaxhandler.data.stream import Lane
 from jaxhandler.handlers.options import Options
-from jaxhandler.handlers.outputs import join
+from jaxhandler.handlers.outputs import added, join
 from jaxhandler.handlers.parts import Mark
 from jaxhandler.handlers.program import Program
 from jaxhandler.handlers.run import Run
+from jaxhandler.handlers.watch import Watch
 from jaxhandler.typing import RunReport, Step
 
 __all__ = ["Finished", "Result", "consume", "fold", "folding"]
@@ -145,20 +146,27 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
     # Threads pay where something waits for a disk; rows in memory are there already, or soon.
     reader = Lane("jaxhandler-read" if options.read_ahead and not run.at_hand else None)
     writer = Lane("jaxhandler-write" if isinstance(sink, FileSink) else None)
+    calls = options.on_macrobatch_start or options.on_macrobatch_finish or program.on_batch_finish
+    late = calls or isinstance(sink, FileSink) or not (run.at_hand or options.resident)
+    run.watch = Watch(run.clock, "jaxhandler-watch" if late else None, lambda: run.plans.built)
     bar = _open_bar(options)
     pending: deque[_UnderWay] = deque()
     blocks: list[Any] = []
+    # What a step leaves as it is has means of all rows so far, a training the latest ones.
+    adds_up, told = not jax.tree.leaves(run.carry), None
 
     def finish() -> Finished | None:
+        nonlocal told
         blocks.append(pending[0].drained())
         visit, last, *_ = pending.popleft()
         if not last:
             return None
         block = join(blocks, program.row_axis if program.outputs == "rows" else 0)
         blocks.clear()
+        if bar is not None and program.metrics is not None:
+            told = added(told, block) if adds_up and told is not None else block
         if bar is not None:
-            told = (lambda: block) if program.metrics else None
-            bar.update(run.account.progress(visit, len(visit.batches), told))
+            bar.update(run.account.progress(visit, len(visit.batches), lambda: told))
         return Finished(visit, block, lambda: run.carry, not pending, reader.submit)
 
     def forward() -> Iterator[Finished]:
@@ -172,12 +180,13 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
                 run.call(options.on_macrobatch_start, visit, 0)
             outs, own = run.compute(placed), placed.macrobatch.visit
             del placed
+            wait = run.watch.follow(outs)
             if last:
                 run.call(options.on_macrobatch_finish, visit, len(visit.batches), outs)
                 run.end_epoch(visit)
-            drained = writer.submit(run.drain, sink, mark.rows, own, outs)
+            drained = writer.submit(run.drain, sink, mark.rows, own, outs, wait)
             pending.append(_UnderWay(visit, last, mark, drained))
-            del outs, drained
+            del outs, wait, drained
             mark = run.mark()
             most = 0 if run.must_settle() else 1
             while len(pending) > most:
@@ -224,6 +233,7 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
         abort = cleanup.enter_context(contextlib.ExitStack())
         abort.callback(sink.abort)
         abort.callback(drop)
+        cleanup.callback(run.watch.close)
         cleanup.callback(writer.close)
         cleanup.callback(reader.close)
         while True:

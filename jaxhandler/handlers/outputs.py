@@ -9,7 +9,7 @@ import numpy as np
 from jaxhandler.data.order import Visit
 from jaxhandler.handlers.program import Program
 
-__all__ = ["Outputs", "join", "joined_specs", "output_pieces", "pack"]
+__all__ = ["Outputs", "added", "join", "joined_specs", "output_pieces", "pack"]
 
 
 class Outputs(NamedTuple):
@@ -29,6 +29,19 @@ def join(blocks: list[Any], axis: int = 0) -> Any:
     if len(blocks) < 2:
         return blocks[0] if blocks else None
     return jax.tree.map(lambda *parts: np.concatenate(parts, axis), *blocks)
+
+
+def added(*blocks: Any) -> Any:
+    """Returns trees of NumPy arrays `[S, ...]` of steps as one of a single step `[1, ...]`.
+
+    Args:
+        *blocks: Totals and counts of means, whose sums are those of all steps.
+    """
+
+    def add(*parts: np.ndarray) -> np.ndarray:
+        return np.concatenate(parts).sum(axis=0, dtype=np.float64, keepdims=True)
+
+    return jax.tree.map(add, *blocks)
 
 
 def joined_specs(out: Any, num_rows: int, axis: int) -> Any:

@@ -88,8 +88,9 @@ def describe(progress: Progress, rate: float) -> str:
         rate: Rows per second of late, 0 where that is not known yet; a finished run has its own.
 
     Returns:
-        One line: rows of all epochs, the rate, time left, the metrics of the latest macrobatch (of
-        an ensemble the least and the largest), and the stage that took longest so far.
+        One line: rows of all epochs, the rate, time left, the metrics of the latest macrobatch, or
+        of a validation so far (of an ensemble the least and the largest), and the stage that took
+        longest so far.
 
     Example:
         >>> describe(Progress(epoch=2, num_epochs=3, rows=20_000, num_rows=100_000), 12_345.0)

@@ -27,6 +27,7 @@ from jaxhandler.handlers.parts import Mark, Part, cut
 from jaxhandler.handlers.program import Program
 from jaxhandler.handlers.shortage import Rations, is_shortage, let_frames_go
 from jaxhandler.handlers.steps import Keys, Plans, trace_step
+from jaxhandler.handlers.watch import Watch
 from jaxhandler.typing import Callback, Step
 
 __all__ = ["Run"]
@@ -68,7 +69,7 @@ class Run:
         self._visits = self._batches = self._begun = 0
         self._earlier: tuple[Outputs, ...] = ()
         self.must_settle: Callable[[], bool] = lambda: False
-        self.ready = 0.0
+        self.watch: Watch
         if program.tail == "drop" and 0 < source.num_rows < program.batch_size:
             seen = f'{source.num_rows} rows with tail="drop"'
             expected = f"at least one batch of {program.batch_size}"
@@ -312,9 +313,8 @@ class Run:
             start = time.perf_counter()
             self._carry, out = plan(*args)
             return Outputs([out], True, start)
-        outs, start = [], time.perf_counter()
+        outs, start, size = [], 0.0, -1
         plan: Any = None
-        size = -1
         for position, rows in enumerate(macrobatch.batches):
             index = macrobatch.index[position]
             number = part.first + position
@@ -322,17 +322,20 @@ class Run:
             args = (consts, self._carry, rows, index, np.int32(number), count)
             if len(index) != size:
                 size, plan = len(index), self.plans.batch(len(index), args)
-            if position == 0:
-                start = time.perf_counter()
+            begun = time.perf_counter()
+            start = start or begun
             self._carry, out = plan(*args)
             outs.append(out)
             if self.program.on_batch_finish is not None:
-                self.call(
-                    self.program.on_batch_finish, visit, number + 1, Outputs([out], False, start)
-                )
+                batch = Outputs([out], False, begun)
+                self.watch.follow(batch)
+                self.call(self.program.on_batch_finish, visit, number + 1, batch)
+                start = time.perf_counter()  # All before it has been followed.
         return Outputs(outs, False, start)
 
-    def drain(self, sink: Sink, start: int, visit: Visit, outs: Outputs) -> Any:
+    def drain(
+        self, sink: Sink, start: int, visit: Visit, outs: Outputs, wait: Callable[[], None]
+    ) -> Any:
         """Waits for outputs and hands them to the sink; after it, the rows are off the device.
 
         Nothing is done with them where those of the rows before `start` have failed.
@@ -340,10 +343,7 @@ class Run:
         if self.account.rows != start:
             return None
         block = None
-        jax.block_until_ready(outs.outs)
-        ready = time.perf_counter()
-        self.clock.note("compute", max(outs.start, self.ready), ready)
-        self.ready = ready
+        wait()
         with self.clock.measure("write"):
             pieces = self._pieces(visit, outs)
             if pieces is not None:
@@ -366,8 +366,7 @@ class Run:
             collector = threading.Thread(target=gc.collect, args=(0,), name="jaxhandler-collect")
             collector.start()
             collector.join()
-        # Else the next call does: waiting for a thread costs more than the room until then, which
-        # reading ahead would take as well.
+        # Else the next call does: waiting for a thread costs more than the room until then.
 
     def _pieces(self, visit: Visit, outs: Outputs) -> list[Any] | None:
         out = self.traced.out
@@ -394,7 +393,8 @@ class Run:
         progress.live["state"] = self.carry
         progress.live["wait"] = lambda: jax.block_until_ready(outs and outs.outs)
         try:
-            callback(progress)
+            with self.watch.calling_back():
+                callback(progress)
         finally:
             # Whoever keeps a Progress keeps neither the state nor the outputs.
             del progress.live["state"], progress.live["wait"]

@@ -1,5 +1,6 @@
 """A step as XLA sees it: traced and checked per row spec, compiled for one batch or a block."""
 
+import time
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -154,7 +155,10 @@ class Keys:
 
 @dataclass
 class Plans:
-    """The plans of one run, each looked up once; they take and give the carry without key types."""
+    """The plans of one run, each looked up once; they take and give the carry without key types.
+
+    `built` is when the latest was found or compiled, by `time.perf_counter`.
+    """
 
     program: Program
     step: Step
@@ -163,6 +167,7 @@ class Plans:
 
     def __post_init__(self) -> None:
         self._found: dict[Hashable, Any] = {}
+        self.built = 0.0
 
     def _step(self, consts: Any, carry: Any, batch: Batch) -> tuple[Any, Any]:
         carry, out = self.step(consts, carry, batch)
@@ -203,6 +208,7 @@ class Plans:
                 out_shardings=self.out_shardings,
             )
             plan = self._found[name] = self.program.plans.get(key, build)
+            self.built = time.perf_counter()
         return plan
 
 

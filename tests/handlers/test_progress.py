@@ -195,6 +195,16 @@ def test_a_run_without_rows(capsys):
     assert report.startswith("0 rows")
 
 
+def test_a_validation_ends_with_its_result(capsys):
+    rows = np.array([0.0] * 8 + [90.0], np.float32)
+    means = jh.validator({"m": lambda params, x: x}, batch_size=4)
+    result = means.validate_from_host((), rows, macrobatch_size=4, progress=True)
+    assert result == {"m": 10.0}
+    *_, end, _ = capsys.readouterr().out.splitlines()
+    assert "9/9 rows" in end
+    assert "m 10," in end
+
+
 def test_terminal_gets_one_live_line(open_terminal):
     terminal = open_terminal()
     before = {thread.name for thread in threading.enumerate()}
