@@ -70,7 +70,6 @@ if TYPE_CHECKING:
     from jaxhandler.ensembles.members import num_members as num_members
     from jaxhandler.ensembles.members import replicate as replicate
     from jaxhandler.ensembles.members import take_members as take_members
-    from jaxhandler.ensembles.rewriting import fast_conv as fast_conv
     from jaxhandler.ensembles.rules import batching_rule as batching_rule
     from jaxhandler.ensembles.scores import batch_accuracy as batch_accuracy
     from jaxhandler.ensembles.scores import batch_loss as batch_loss
@@ -106,6 +105,7 @@ if TYPE_CHECKING:
     from jaxhandler.models.adapters import from_linen as from_linen
     from jaxhandler.models.adapters import from_nnx as from_nnx
     from jaxhandler.models.precision import cast as cast
+    from jaxhandler.models.rewriting import fast_conv as fast_conv
 else:
     # What many sessions never need is imported when it is first named.
     _LATER = {
@@ -129,7 +129,6 @@ else:
         "ensembles.ensemble": "ensemble",
         "ensembles.isolation": "check_isolation",
         "ensembles.members": "init_members num_members replicate take_members",
-        "ensembles.rewriting": "fast_conv",
         "ensembles.rules": "batching_rule",
         "ensembles.scores": "batch_accuracy batch_loss batch_topk",
         "ensembles.stacking": "stack unstack",
@@ -152,6 +151,7 @@ else:
         "inference.store": "enable_plan_store",
         "models.adapters": "from_linen from_nnx",
         "models.precision": "cast",
+        "models.rewriting": "fast_conv",
     }
     _HOMES = {name: home for home, names in _LATER.items() for name in names.split()}
 

@@ -10,7 +10,6 @@ from jax.core import Tracer
 
 from jaxhandler.data.placement import resolve_sharding
 from jaxhandler.ensembles.members import num_members
-from jaxhandler.ensembles.rewriting import fast_conv as rewritten
 from jaxhandler.ensembles.strategies import (
     Strategy,
     check_axes,
@@ -21,6 +20,7 @@ from jaxhandler.ensembles.strategies import (
 )
 from jaxhandler.ensembles.trials import Strategies
 from jaxhandler.errors import a_type, check_choice, explain
+from jaxhandler.models.rewriting import fast_conv as rewritten
 from jaxhandler.plans import PlanCache, compile_plan, signature
 from jaxhandler.typing import Placement
 

@@ -1,6 +1,6 @@
 """A handler of many models at once: the same handler, its step over stacked members."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import jax
@@ -10,7 +10,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxhandler.data.placement import replicate_like, resolve_sharding
 from jaxhandler.ensembles.members import check_members
 from jaxhandler.ensembles.reductions import reduction
-from jaxhandler.ensembles.rewriting import fast_conv
 from jaxhandler.ensembles.strategies import (
     Strategy,
     check_axes,
@@ -26,6 +25,7 @@ from jaxhandler.handlers.program import Program
 from jaxhandler.handlers.trainer import Trainer
 from jaxhandler.handlers.training import as_key, default_order_key
 from jaxhandler.handlers.validator import Validator
+from jaxhandler.models.rewriting import rewritten
 from jaxhandler.typing import Batch, Placement, Step
 
 __all__ = ["ensemble"]
@@ -142,7 +142,8 @@ def ensemble(
 
     return program.build(
         program._replace(
-            fn=_rewritten(program.fn),
+            fn=rewritten(program.fn, members=True),
+            fast_conv=False,
             make_step=make_step,
             init=None if program.init is None else _init_of(program, members),
             row_axis=0 if reduce_fn else 1,
@@ -152,12 +153,6 @@ def ensemble(
             strategies=strategies,
         )
     )
-
-
-def _rewritten(fn: Any) -> Any:
-    if isinstance(fn, Mapping):
-        return {name: fast_conv(each) for name, each in fn.items()}
-    return fast_conv(fn)
 
 
 def _kind(args: tuple[Any, Any, Batch]) -> Hashable:

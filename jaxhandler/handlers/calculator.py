@@ -204,6 +204,7 @@ def calculator(
     tail: str = "exact",
     mode: str = "auto",
     on_batch_finish: Callback | None = None,
+    fast_conv: bool | str = "auto",
     plans: PlanCache | None = None,
 ) -> Calculator:
     """Makes a calculator of a model.
@@ -215,9 +216,11 @@ def calculator(
         tail: What becomes of the short last batch: "exact" compiles a plan of its own, "pad"
             repeats its last row and trims outputs, "drop" leaves it out.
         mode: "scan" runs a whole macrobatch as one plan, "loop" batch after batch; "auto" loops on
-            CPU where the model contains a convolution, which XLA slows down threefold in a scan,
+            CPU where a convolution is left in the model, which XLA slows down threefold in a scan,
             and over NumPy arrays, whose batches are views where a macrobatch would be a copy.
         on_batch_finish: Called with a `Progress` after every batch; makes "auto" a loop.
+        fast_conv: Whether convolutions of few channels take the forms that are fast on a CPU, those
+            of `jh.fast_conv(fn, members=False)`; "auto" does. Results differ by rounding.
         plans: A `jh.PlanCache` to share; None makes a new one.
 
     Returns:
@@ -233,7 +236,9 @@ def calculator(
         >>> calc.calc((), jnp.ones((100, 3)))["mean"].shape
         (100,)
     """
-    batch_size = check_builder(apply_fn, "apply_fn", batch_size, tail, mode, on_batch_finish, plans)
+    batch_size = check_builder(
+        apply_fn, "apply_fn", batch_size, tail, mode, on_batch_finish, plans, fast_conv
+    )
 
     def make_step(fn: Callable[..., Any]) -> Step:
         def step(consts: Any, carry: Any, batch: Batch) -> tuple[Any, Any]:
@@ -252,5 +257,6 @@ def calculator(
             tail=tail,
             mode=mode,
             on_batch_finish=on_batch_finish,
+            fast_conv=bool(fast_conv),
         )
     )

@@ -46,7 +46,7 @@ class Handler:
 
     def __post_init__(self) -> None:
         # Not made when first asked for: two threads would make two steps, and compile both.
-        object.__setattr__(self, "step", self.program.make_step(self.program.fn))
+        object.__setattr__(self, "step", self.program.step())
 
     def _fold(
         self,

@@ -1,16 +1,34 @@
 """What a handler is made of: the user's function, how it becomes a step, and how that is run."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxhandler.errors import a_type, check_choice, check_count, explain
+from jaxhandler.models.rewriting import rewritten
 from jaxhandler.plans import PlanCache
-from jaxhandler.typing import Callback, Step
+from jaxhandler.typing import Batch, Callback, Step
 
-__all__ = ["Program", "check_builder"]
+__all__ = ["Program", "TwoForms", "check_builder"]
 
 TAILS = ("exact", "pad", "drop")
 MODES = ("auto", "scan", "loop")
+
+
+@dataclass(frozen=True, eq=False)
+class TwoForms:
+    """A step, and the same step with convolutions as they are fast where one model runs on a CPU.
+
+    Attributes:
+        plain: The step of the user's function as it is; what a call of this computes.
+        fast: That of the rewritten function.
+    """
+
+    plain: Step
+    fast: Step
+
+    def __call__(self, consts: Any, carry: Any, batch: Batch, /) -> tuple[Any, Any]:
+        return self.plain(consts, carry, batch)
 
 
 class Program(NamedTuple):
@@ -32,6 +50,7 @@ class Program(NamedTuple):
         next_epoch: `next_epoch(carry, epoch)` gives the carry that an epoch, 0-based, starts from;
             random keys in it come as their numbers.
         on_batch_finish: Called after each batch.
+        fast_conv: Whether steps come in two forms.
         row_axis: Where the rows are in the output leaves.
         carry_axes: Where members would be in the leaves of the carry, as `jax.vmap` takes it.
         members: Models that the step runs at once; None for one model without a member axis.
@@ -56,12 +75,20 @@ class Program(NamedTuple):
     metrics: Callable[[Any], dict[str, Any]] | None = None
     next_epoch: Callable[[Any, int], Any] | None = None
     on_batch_finish: Callback | None = None
+    fast_conv: bool = False
     row_axis: int = 0
     carry_axes: Any = 0
     members: int | None = None
     member_order: str | None = None
     member_place: Callable[..., Any] | None = None
     strategies: Any = None
+
+    def step(self, **options: Any) -> Step:
+        """Returns a step of the user's function, made with these options of `make_step`."""
+        plain = self.make_step(self.fn, **options)
+        if not self.fast_conv:
+            return plain
+        return TwoForms(plain, self.make_step(rewritten(self.fn, members=False), **options))
 
     def batch_shape(self, rows: int) -> tuple[int, ...]:
         """Returns the leading axes of the rows that a step sees, `[B]` or `[B, E]`."""
@@ -76,6 +103,7 @@ def check_builder(
     mode: str,
     on_batch_finish: object,
     plans: object,
+    fast_conv: object = False,
 ) -> int:
     """Refuses what no handler can be built from; returns the batch size as an `int`.
 
@@ -87,6 +115,7 @@ def check_builder(
         mode: As given.
         on_batch_finish: As given.
         plans: As given.
+        fast_conv: As given.
 
     Returns:
         `batch_size`.
@@ -99,6 +128,7 @@ def check_builder(
         raise TypeError(explain(name, seen=a_type(fn), expected="a function"))
     check_choice("tail", tail, TAILS)
     check_choice("mode", mode, MODES)
+    check_choice("fast_conv", fast_conv, ("auto", True, False))
     if on_batch_finish is not None:
         if not callable(on_batch_finish):
             seen = a_type(on_batch_finish)

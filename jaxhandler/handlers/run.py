@@ -84,15 +84,11 @@ class Run:
         size, num_rows = program.batch_size, source.num_rows
         rows = size if program.tail == "pad" or not num_rows else min(size, num_rows)
         self.batch_rows = rows
+        digested = options.checkpoint is not None
         self.traced = trace_step(
-            program,
-            step,
-            self.consts,
-            carry,
-            source.specs,
-            rows,
-            digested=options.checkpoint is not None,
+            program, step, self.consts, carry, source.specs, rows, digested=digested
         )
+        step = self.traced.step
         self._keys = Keys(carry)
         self._carry = self._keys.strip(carry)
         # Until a plan has run, it is the caller's; without rows, none does.

@@ -12,7 +12,7 @@ import numpy as np
 from jaxhandler.errors import a_type, explain
 from jaxhandler.handlers.digests import digest_jaxpr
 from jaxhandler.handlers.outputs import pack
-from jaxhandler.handlers.program import Program
+from jaxhandler.handlers.program import Program, TwoForms
 from jaxhandler.plans import compile_plan, signature
 from jaxhandler.trees import leaves_with_paths
 from jaxhandler.typing import Batch, Step
@@ -24,11 +24,13 @@ class Traced(NamedTuple):
     """What tracing a step on one batch has shown.
 
     Attributes:
+        step: The one to run: the step itself, or its form that is fast here.
         out: The types of its output, a tree of `jax.ShapeDtypeStruct`.
         convolves: Whether it contains a convolution.
         digest: Tells it from other steps; empty where nobody asked.
     """
 
+    step: Step
     out: Any
     convolves: bool
     digest: str = ""
@@ -66,7 +68,7 @@ def trace_step(
     lead = program.batch_shape(rows)
     struct = lambda spec: jax.ShapeDtypeStruct((*lead, *spec.shape[1:]), spec.dtype)  # noqa: E731
 
-    def trace() -> Traced:
+    def trace(step: Step) -> Traced:
         data = jax.tree.map(struct, specs)
         index = jax.ShapeDtypeStruct(lead, np.int32)
         scalar = jax.ShapeDtypeStruct((), np.int32)
@@ -85,12 +87,17 @@ def trace_step(
         if program.outputs is not None:
             _check_out(program, out, rows)
         digest = digest_jaxpr(traced.jaxpr) if digested else ""
-        return Traced(out, convolves(traced.jaxpr), digest)
+        return Traced(step, out, convolves(traced.jaxpr), digest)
+
+    def choose() -> Traced:
+        traced = trace(step)
+        slow = traced.convolves and jax.default_backend() == "cpu"
+        return trace(step.fast) if slow and isinstance(step, TwoForms) else traced
 
     leaves, structure = jax.tree.flatten(specs)
     types = structure, tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves)
     key = (step, program.tail, digested, lead, types, signature((consts, carry)))
-    return program.traces.get(key, trace)
+    return program.traces.get(key, choose)
 
 
 def convolves(jaxpr: Any) -> bool:

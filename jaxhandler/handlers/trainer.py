@@ -49,7 +49,7 @@ class Trainer(Handler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        stopping = self.program.make_step(self.program.fn, stops=True)
+        stopping = self.program.step(stops=True)
         object.__setattr__(self, "stopping_step", stopping)
 
     def _split(self, step: Step, pieces: int) -> Step | None:
@@ -233,6 +233,7 @@ def trainer(
     tail: str = "exact",
     mode: str = "auto",
     on_batch_finish: Callback | None = None,
+    fast_conv: bool | str = "auto",
     plans: PlanCache | None = None,
 ) -> Trainer:
     """Makes a trainer of a loss and an optimiser.
@@ -258,8 +259,10 @@ def trainer(
         tail: What becomes of the short last batch: "exact" is a step on its own rows, "pad" repeats
             its last row and masks it (losses `[B]` only, no `has_state`), "drop" leaves it out.
         mode: "scan" runs a whole macrobatch as one plan, "loop" batch after batch; "auto" loops on
-            CPU where the loss contains a convolution, which XLA slows down threefold in a scan.
+            CPU where a convolution is left in the loss, which XLA slows down threefold in a scan.
         on_batch_finish: Called with a `Progress` after every batch; makes "auto" a loop.
+        fast_conv: Whether convolutions of few channels take the forms that are fast on a CPU, those
+            of `jh.fast_conv(fn, members=False)`; "auto" does. Results differ by rounding.
         plans: A `jh.PlanCache` to share; None makes a new one.
 
     Returns:
@@ -280,7 +283,9 @@ def trainer(
         >>> bool(info.losses[-1] < 0.1)
         True
     """
-    batch_size = check_builder(loss_fn, "loss_fn", batch_size, tail, mode, on_batch_finish, plans)
+    batch_size = check_builder(
+        loss_fn, "loss_fn", batch_size, tail, mode, on_batch_finish, plans, fast_conv
+    )
     accumulate = check_count("accumulate", accumulate)
     check_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "freeze", "ignore"))
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
@@ -327,6 +332,7 @@ def trainer(
             metrics=lambda info: {"loss": merged(info)},
             next_epoch=_next_epoch,
             on_batch_finish=on_batch_finish,
+            fast_conv=bool(fast_conv),
             # The order is drawn once for all members.
             carry_axes=TrainState(0, 0, 0, 0, None, 0, 0, 0),
         ),

@@ -147,6 +147,7 @@ def validator(
     tail: str = "exact",
     mode: str = "auto",
     on_batch_finish: Callback | None = None,
+    fast_conv: bool | str = "auto",
     plans: PlanCache | None = None,
 ) -> Validator:
     """Makes a validator of named metrics.
@@ -158,9 +159,11 @@ def validator(
         tail: What becomes of the short last batch: "exact" compiles a plan of its own, "pad"
             repeats its last row and masks it (metrics `[B]` only), "drop" leaves it out.
         mode: "scan" runs a whole macrobatch as one plan, "loop" batch after batch; "auto" loops on
-            CPU where a metric contains a convolution, which XLA slows down threefold in a scan, and
-            over NumPy arrays, whose batches are views where a macrobatch would be a copy.
+            CPU where a convolution is left in a metric, which XLA slows down threefold in a scan,
+            and over NumPy arrays, whose batches are views where a macrobatch would be a copy.
         on_batch_finish: Called with a `Progress` after every batch; makes "auto" a loop.
+        fast_conv: Whether convolutions of few channels take the forms that are fast on a CPU, those
+            of `jh.fast_conv(fn, members=False)`; "auto" does. Results differ by rounding.
         plans: A `jh.PlanCache` to share; None makes a new one.
 
     Returns:
@@ -185,7 +188,9 @@ def validator(
         raise ValueError(explain("metric_fns", seen="no metric", expected="at least one"))
     fns = dict(metric_fns)
     for name, fn in fns.items():
-        check_builder(fn, f"metric_fns[{name!r}]", batch_size, tail, mode, on_batch_finish, plans)
+        check_builder(
+            fn, f"metric_fns[{name!r}]", batch_size, tail, mode, on_batch_finish, plans, fast_conv
+        )
     batch_size = int(batch_size)
 
     def make_step(fns: Mapping[str, Callable[..., Any]]) -> Step:
@@ -215,5 +220,6 @@ def validator(
             mode=mode,
             metrics=lambda outs: {name: merged(mean) for name, mean in outs.items()},
             on_batch_finish=on_batch_finish,
+            fast_conv=bool(fast_conv),
         )
     )

@@ -1,1 +1,1 @@
-"""Models of other libraries as pure functions of plain trees, and the precision they compute in."""
+"""Models as pure functions: of other libraries, in other precision, with faster convolutions."""

@@ -8,19 +8,24 @@ from jax.core import ShapedArray
 from jax.extend import core
 from jax.extend.core import primitives
 
-from jaxhandler.ensembles.convolutions import convolution_form, single_form
-from jaxhandler.ensembles.pooling import max_pool_form, sum_pool_form
+from jaxhandler.models.convolutions import convolution_form, single_form
+from jaxhandler.models.forms import Form
+from jaxhandler.models.pooling import max_pool_form, single_pool_form, sum_pool_form
 
 __all__ = ["Rewriter"]
 
 # What is put in the place of an equation, by its primitive.
-FORMS: dict[core.Primitive, Callable[[Any], Callable[..., jax.Array] | None]] = {
+FORMS: dict[core.Primitive, Callable[[Any], Form | None]] = {
     primitives.conv_general_dilated_p: convolution_form,
     primitives.reduce_window_max_p: max_pool_form,
     primitives.reduce_window_sum_p: sum_pool_form,
 }
 # The same for one model, which is not batched over its parameters.
-SINGLE_FORMS = {**FORMS, primitives.conv_general_dilated_p: single_form}
+SINGLE_FORMS = {
+    primitives.conv_general_dilated_p: single_form,
+    primitives.reduce_window_max_p: single_pool_form(max_pool_form),
+    primitives.reduce_window_sum_p: single_pool_form(sum_pool_form),
+}
 # Primitives that stay what they are when their functions are replaced. A function with a derivative
 # rule of its own keeps the rule.
 ENTERED = {
@@ -98,6 +103,6 @@ class Rewriter:
             self._rewritten[id(owner)] = trace(*avals)
         return self._rewritten[id(owner)]
 
-    def _form(self, eqn: Any) -> Callable[..., jax.Array] | None:
+    def _form(self, eqn: Any) -> Form | None:
         find = self._forms.get(eqn.primitive)
         return None if find is None else find(eqn)

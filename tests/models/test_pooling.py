@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from jax import lax
 
-from jaxhandler.ensembles.rewriting import fast_conv
+from jaxhandler.models.rewriting import fast_conv
 
 
 def max_pool(x, window, strides, padding):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from jax import lax
 
-from jaxhandler.ensembles import convolutions, tiles
-from jaxhandler.ensembles.rewriting import fast_conv
+from jaxhandler.models import convolutions, tiles
+from jaxhandler.models.rewriting import fast_conv
 
 LAYOUTS = {
     1: [("NHC", "HIO", "NHC"), ("NCH", "OIH", "NCH")],

@@ -15,13 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
-from jaxhandler.ensembles.tiles import Tiling, best_tiling, convolve
+from jaxhandler.models.forms import Form, differentiated_as, native
+from jaxhandler.models.tiles import Tiling, best_tiling, convolve
 
 __all__ = ["convolution_form", "pays", "single_form"]
-
-Form = Callable[[jax.Array, jax.Array], jax.Array]
 
 # What a multiply-add of a convolution over members costs at least, in those of a product, if moving
 # an element costs as much as this: more than tiles are chosen by, so that what is close is left.
@@ -80,7 +78,7 @@ def single_form(eqn: Any) -> Form | None:
     if jax.default_backend() != "cpu":
         return None
     product, shifted = _product(eqn, _pays_alone), _shifted(eqn)
-    return _differentiated_as(product or _native(eqn), shifted) if shifted else product
+    return differentiated_as(product or native(eqn), _once(shifted)) if shifted else product
 
 
 def _can_change(eqn: Any) -> bool:
@@ -170,10 +168,6 @@ def _shifted(eqn: Any) -> Form | None:
     return _channels_last(eqn, form)
 
 
-def _native(eqn: Any) -> Form:
-    return lambda *operands: eqn.primitive.bind(*operands, **eqn.params)
-
-
 def _channels_last(eqn: Any, form: Form) -> Form:
     """What takes a convolution's operands, of one of `[B, *space, I]`, `[*window, I, O]`."""
     lhs_spec, rhs_spec, out_spec = eqn.params["dimension_numbers"]
@@ -187,30 +181,17 @@ def _channels_last(eqn: Any, form: Form) -> Form:
     return placed
 
 
-def _differentiated_as(form: Form, value: Form) -> Form:
-    """Computes `value` where nothing is differentiated, else `form`, which gives the same."""
+def _once(form: Form) -> Form:
+    """The same, computed once whatever uses it."""
 
-    @jax.custom_jvp
-    def fn(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    def kept(x: jax.Array, kernel: jax.Array) -> jax.Array:
         # XLA would run the loop anew inside each loop that uses it, but enters no branch, nor takes
         # one for known behind a barrier.
-        empty = jax.eval_shape(value, x, kernel)
+        empty = jax.eval_shape(form, x, kernel)
         always = lax.optimization_barrier(jnp.bool_(True))
-        return lax.cond(always, value, lambda *_: jnp.zeros(empty.shape, empty.dtype), x, kernel)
+        return lax.cond(always, form, lambda *_: jnp.zeros(empty.shape, empty.dtype), x, kernel)
 
-    def rule(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        # A tangent that is zero is left out: it would cost as much as one that is not.
-        moves = [not isinstance(tangent, SymbolicZero) for tangent in tangents]
-        moving = tuple(each for each, move in zip(primals, moves, strict=True) if move)
-
-        def of_moving(*moving: jax.Array) -> jax.Array:
-            given = iter(moving)
-            return form(*(next(given) if m else x for x, m in zip(primals, moves, strict=True)))
-
-        return jax.jvp(of_moving, moving, tuple(itertools.compress(tangents, moves)))
-
-    fn.defjvp(rule, symbolic_zeros=True)
-    return fn
+    return kept
 
 
 def _pays_alone(tiling: Tiling, out: Any, window: Any, dilation: Any, **sizes: int) -> bool:

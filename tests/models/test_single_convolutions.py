@@ -196,3 +196,21 @@ def test_members_are_right_too(x, kernel):
         return jax.jit(jax.vmap(one, in_axes=(None, 0)))
 
     assert_close(values_and_gradients(fast)(x, kernels), values_and_gradients(convolve)(x, kernels))
+
+
+def pooled(x):
+    pools = jax.lax.reduce_window(
+        jax.nn.relu(x), -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+    )
+    return pools.sum()
+
+
+def test_a_pool_is_native_where_nothing_is_differentiated():
+    images = jnp.arange(32.0, dtype=jnp.float32).reshape(2, 4, 4, 1)
+    fast = jh.fast_conv(pooled, members=False)
+    assert fast(images) == pooled(images)
+    assert "reduce_window" in jax.jit(fast).lower(images).as_text()
+    gradient = jax.jit(jax.grad(fast)).lower(images).as_text()
+    assert "reduce_window" not in gradient
+    assert "select_and_scatter" not in gradient
+    assert jnp.array_equal(jax.grad(fast)(images), jax.grad(pooled)(images))

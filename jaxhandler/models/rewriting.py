@@ -1,14 +1,14 @@
 """`jh.fast_conv`: a function whose convolutions and pools are those that are fast."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["fast_conv"]
+__all__ = ["fast_conv", "rewritten"]
 
 
 def fast_conv(fn: Callable[..., Any], *, members: bool = True) -> Callable[..., Any]:
@@ -73,7 +73,7 @@ def fast_conv(fn: Callable[..., Any], *, members: bool = True) -> Callable[..., 
             return fn(*args, **kwargs)
 
         # It needs jax.extend, which takes long to import.
-        from jaxhandler.ensembles.interpreter import Rewriter
+        from jaxhandler.models.interpreter import Rewriter
 
         try:
             traced = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
@@ -88,6 +88,22 @@ def fast_conv(fn: Callable[..., Any], *, members: bool = True) -> Callable[..., 
         return jax.tree.structure(shapes).unflatten(map(jnp.asarray, outputs))
 
     return fast
+
+
+def rewritten(fn: Any, *, members: bool) -> Any:
+    """Returns what `fast_conv` makes of a function, or of each one in a dictionary.
+
+    Args:
+        fn: A function, or functions by name.
+        members: As in `fast_conv`.
+
+    Example:
+        >>> list(rewritten({"loss": jnp.sin}, members=False))
+        ['loss']
+    """
+    if isinstance(fn, Mapping):
+        return {name: fast_conv(each, members=members) for name, each in fn.items()}
+    return fast_conv(fn, members=members)
 
 
 def _is_array(leaf: object) -> bool:
