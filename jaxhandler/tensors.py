@@ -9,12 +9,12 @@ import numpy as np
 
 from jaxhandler.errors import explain
 
-__all__ = ["LARGEST_HEADER", "decode", "encode"]
+__all__ = ["LARGEST_HEADER", "NAMES", "decode", "encode"]
 
 LARGEST_HEADER = 100_000_000
 """Bytes, as in the format's own library."""
 
-_NAMES = {
+NAMES = {
     "bool": "BOOL",
     "bfloat16": "BF16",
     "complex64": "C64",
@@ -46,7 +46,7 @@ def encode(arrays: Mapping[str, np.ndarray]) -> Iterator[bytes | memoryview]:
     header: dict[str, Any] = {}
     start = 0
     for name, array in arrays.items():
-        kind, shape = _NAMES.get(array.dtype.name), list(array.shape)
+        kind, shape = NAMES.get(array.dtype.name), list(array.shape)
         if kind is None:
             kind, shape = "U8", [*shape, array.dtype.itemsize]
         stop = start + array.nbytes
@@ -87,7 +87,7 @@ def decode(
             dtype = np.dtype(getattr(jnp, kind, kind))
             begin, end = header[name]["data_offsets"]
             stored = header[name]["dtype"], end - begin
-            if stored != (_NAMES.get(kind, "U8"), dtype.itemsize * int(np.prod(shape))):
+            if stored != (NAMES.get(kind, "U8"), dtype.itemsize * int(np.prod(shape))):
                 raise ValueError(f"{name!r} is {stored[0]} in {stored[1]} bytes")
             count = (end - begin) // dtype.itemsize
             if not 0 <= begin <= end <= len(data) - start:
@@ -95,5 +95,5 @@ def decode(
             found.append(np.frombuffer(data, dtype, count, start + begin).reshape(shape))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         seen = f"no valid safetensors file ({error})"
-        raise ValueError(explain(path, seen=seen, expected="the parameters described")) from error
+        raise ValueError(explain(path, seen=seen, expected="the arrays described")) from error
     return found

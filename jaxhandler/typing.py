@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 
-from jaxhandler.errors import explain
+from jaxhandler.errors import explain, extra
 
 __all__ = ["Batch", "Callback", "Mean", "Placement", "Progress", "RunReport", "Step"]
 
@@ -162,13 +162,7 @@ class RunReport:
             fix = "Plot the report of a run that has gone over rows."
             raise ValueError(explain("report", seen="no timeline", expected="stages", fix=fix))
         if axes is None:
-            try:
-                import matplotlib.pyplot as plt
-            except ImportError as error:
-                needs = (
-                    'plot: matplotlib is missing. Install it with pip install "jaxhandler[plots]".'
-                )
-                raise ImportError(needs) from error
+            plt = extra("matplotlib.pyplot", "plot", "plots")
             _, axes = plt.subplots(figsize=(8, 2.2), layout="constrained")
         for row, stage in enumerate(_DRAWN):
             spans = [(start, stop - start) for name, start, stop in self.timeline if name == stage]

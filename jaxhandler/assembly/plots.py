@@ -71,11 +71,6 @@ class Plot:
     name: str = ""
     unit: str = ""
 
-    @property
-    def parts(self) -> tuple[Expression, ...]:
-        """The values and the mask."""
-        return self.values if self.mask is None else (*self.values, self.mask)
-
     def init(self) -> PlotState:
         """Returns the state before any row has passed."""
         return PlotState(empty(2 if self.kind == "parity" else 1), _NOTHING)

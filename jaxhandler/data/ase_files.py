@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxhandler.data.columns import array_reader
+from jaxhandler.data.packs import PACK_COLUMNS
+from jaxhandler.data.readers.reader import is_damage
 from jaxhandler.data.structures import Column, Structures
 from jaxhandler.errors import a_type, explain, extra, warn
 
@@ -22,9 +24,7 @@ _RESULTS = {
 }
 _ALWAYS = ("positions", "numbers", "cell", "pbc")
 # Names that packs give a meaning of their own.
-_RESERVED = {"num_atoms", "num_pairs", "atom_structure", "atom_mask", "structure_mask"}
-_RESERVED |= {"structure_index", "pair_first", "pair_second", "pair_shift", "pair_structure"}
-_RESERVED |= {"pair_mask"}
+_RESERVED = PACK_COLUMNS | {"num_pairs"}
 
 
 def is_ase(data: Any) -> bool:
@@ -158,7 +158,7 @@ def _read_file(path: Path, name: str) -> Iterator[tuple[int, Any]]:
         for row, atoms in enumerate(read):
             yield row, atoms
     except Exception as error:  # Each of ASE's formats raises what its parser happens to raise.
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+        if not is_damage(error):
             raise
         fix = "It was cut or damaged; write it again."
         seen = f"no structure that ASE can read after structure {row} ({error})"

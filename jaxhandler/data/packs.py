@@ -1,7 +1,7 @@
 """Packs of structures as rows of a source: filled when they are read, and taken apart again."""
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -236,7 +236,8 @@ def bucket_source(
         shape = (spec.shape[0], *spec.shape[2:]) if per[name] == "structure" else spec.shape
         return jax.ShapeDtypeStruct(shape, spec.dtype)
 
-    take: Callable[[np.ndarray], Any] = packed.take or _nothing
+    take = packed.take
+    assert take is not None
     return Source(
         packed.num_rows,
         {name: one(name, spec) for name, spec in packed.specs.items()},
@@ -270,7 +271,7 @@ class _Filler:
         counts = packs.bounds[which + 1] - packs.bounds[which]
         self._members = packs.rows[_ranges(packs.bounds[which], counts)]
         self._bounds = np.append(0, np.cumsum(counts))
-        self._slots = _inner(counts)
+        self._slots = _ranges(np.zeros_like(counts), counts)
         self._layouts: dict[str, _Layout] = {}
 
     def fill(self, name: str, spec: jax.ShapeDtypeStruct, zero: bool) -> np.ndarray:
@@ -356,11 +357,3 @@ def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """
     ends = np.cumsum(sizes)
     return np.repeat(starts - ends + sizes, sizes) + np.arange(ends[-1] if len(ends) else 0)
-
-
-def _inner(counts: np.ndarray) -> np.ndarray:
-    return _ranges(np.zeros_like(counts), counts)
-
-
-def _nothing(indices: np.ndarray) -> Any:
-    raise AssertionError(f"no rows {indices}")

@@ -25,7 +25,6 @@ from jaxhandler.versions import versions
 __all__ = ["MODEL", "PARAMS", "Artifact", "describe", "load", "read_files", "save"]
 
 MODEL, PARAMS = "model.jax_export", "params.safetensors"
-_PLATFORMS = ("cpu", "cuda", "tpu")
 _KIND, _VERSION = "inferer", 1
 _TREES = ("params", "inputs", "outputs")
 

@@ -247,6 +247,8 @@ class Engine:
 
     def seal(self) -> None:
         """From now on compiles nothing; waits for what is being compiled."""
+        # Companions that came while a plan was compiled have none for it yet.
+        self.wait()
         standing = self.plans.keys()
         for bucket in standing:
             self._settle(bucket)

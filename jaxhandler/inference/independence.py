@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhandler.errors import RowDependenceError, check_count, explain
-from jaxhandler.inference.rows import Rows
+from jaxhandler.errors import RowDependenceError, explain
+from jaxhandler.inference.rows import Rows, both_axes
 from jaxhandler.trees import leaves_with_paths
 
 __all__ = ["check_row_independence"]
@@ -70,9 +70,7 @@ def check_row_independence(
         Traceback (most recent call last):
         jaxhandler.errors.RowDependenceError: apply_fn(...): saw row 1 change when only row 0 ...
     """
-    in_axis, out_axis = row_axis if isinstance(row_axis, tuple) else (row_axis, row_axis)
-    check_count("row_axis", in_axis, least=0)
-    check_count("row_axis", out_axis, least=0)
+    in_axis, out_axis = both_axes(row_axis)
     rows, form = _some_rows(example, in_axis)
     count = len(rows[0])
     # A function of its own: what is compiled for `apply_fn` itself would outlive the check.

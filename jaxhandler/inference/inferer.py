@@ -249,11 +249,6 @@ class MemoizingInferer:
 
         For services that must not stall. It holds for all inferers that share the plans.
         """
-        self.engine.wait()
-        if self.agents is not None and not self.engine.sealed:
-            held = self.engine.plans.keys()
-            for bucket in held:
-                self.agents.plans(bucket)
         self.engine.seal()
 
     def wait(self) -> None:

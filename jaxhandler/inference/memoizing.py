@@ -10,7 +10,7 @@ from jaxhandler.inference.independence import check_row_independence
 from jaxhandler.inference.inferer import MemoizingInferer
 from jaxhandler.inference.parameters import on_device
 from jaxhandler.inference.policies import Policy
-from jaxhandler.inference.rows import Rows
+from jaxhandler.inference.rows import Rows, both_axes
 
 __all__ = ["memoizing_inferer"]
 
@@ -79,13 +79,7 @@ def memoizing_inferer(
     sizes = check_counts("preload", preload)
     if max_plans is not None:
         check_count("max_plans", max_plans)
-    axes = row_axis if isinstance(row_axis, tuple) else (row_axis, row_axis)
-    if len(axes) != 2:
-        expected = "one axis, or those of inputs and outputs"
-        raise ValueError(explain("row_axis", seen=repr(row_axis), expected=expected))
-    in_axis, out_axis = axes
-    check_count("row_axis", in_axis, least=0)
-    check_count("row_axis", out_axis, least=0)
+    in_axis, out_axis = both_axes(row_axis)
     held = on_device(params)
     rows = Rows(example, in_axis, narrowing=narrowing)
     engine = Engine(apply_fn, held, rows, out_axis, chosen, max_plans, background, freeze)

@@ -11,10 +11,10 @@ from jax.core import Tracer
 
 from jaxhandler.data.buffers import aligned_empty
 from jaxhandler.data.dtypes import check_dtype, narrow
-from jaxhandler.errors import a_type, explain
+from jaxhandler.errors import a_type, check_count, explain
 from jaxhandler.trees import leaves_with_paths, ragged
 
-__all__ = ["Rows", "pad", "traced_outputs", "trim"]
+__all__ = ["Rows", "both_axes", "pad", "traced_outputs", "trim"]
 
 # From here on XLA's copy of a buffer that is not aligned costs more than aligning it.
 _WORTH_ALIGNING = 2**16
@@ -280,6 +280,31 @@ def traced_outputs(apply_fn: Callable[..., Any], params: Any, inputs: Rows, axis
             text = explain("apply_fn", path=f"(...){name}", seen=seen, expected=expected, fix=fix)
             raise ValueError(text)
     return Rows(shapes[0], axis, "apply_fn(...)", "allow")
+
+
+def both_axes(row_axis: int | tuple[int, int]) -> tuple[int, int]:
+    """Returns where rows are in inputs and in outputs: one axis stands for both.
+
+    Args:
+        row_axis: What the caller gave.
+
+    Returns:
+        The axes.
+
+    Raises:
+        TypeError: If an axis is not a whole number.
+        ValueError: If there are not two, or one is below zero.
+
+    Example:
+        >>> both_axes(1), both_axes((0, 1))
+        ((1, 1), (0, 1))
+    """
+    axes = row_axis if isinstance(row_axis, tuple) else (row_axis, row_axis)
+    if len(axes) != 2:
+        expected = "one axis, or those of inputs and outputs"
+        raise ValueError(explain("row_axis", seen=repr(row_axis), expected=expected))
+    before, after = (check_count("row_axis", axis, least=0) for axis in axes)
+    return before, after
 
 
 def pad(rows: Any, size: int, axis: int = 0) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The check fails on models whose rows meet, whatever the way, and passes on those whose do not."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,6 +154,12 @@ def test_rows_may_lie_on_other_axes() -> None:
     check_row_independence(many, members, X, row_axis=(0, 1))
     with pytest.raises(jh.RowDependenceError):
         check_row_independence(lambda w, x: many(w, x - x.mean(0)), members, X, row_axis=(0, 1))
+
+
+def test_three_axes_are_refused() -> None:
+    axes: Any = (0, 1, 2)
+    with pytest.raises(ValueError, match="row_axis: saw .* those of inputs and outputs"):
+        check_row_independence(lambda w, x: x, (), X, row_axis=axes)
 
 
 def test_the_example_is_not_changed() -> None:

@@ -77,7 +77,7 @@ def hdf5_reader(path: Path, missing: str, intact: Intact = FOREIGN) -> Any:
     return nested(path, columns)
 
 
-def dataset_reader(name: str, dataset: Any, missing: str, said: set[str] | None = None) -> Reader:
+def dataset_reader(name: str, dataset: Any, missing: str, said: set[str]) -> Reader:
     """Returns the reader of an HDF5 dataset that its owner keeps open.
 
     Args:
@@ -104,7 +104,7 @@ def _through_h5py(
     dataset: Any,
     opened: Callable[[], AbstractContextManager[Any]],
     missing: str,
-    said: set[str] | None,
+    said: set[str],
 ) -> Reader:
     stored = _stored(name, dataset)
     if stored.dtype.hasobject or not stored.shape:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxhandler.errors import explain
 
-__all__ = ["Reader", "Stored", "check_unchanged", "damaged", "nested", "stamp_of"]
+__all__ = ["Reader", "Stored", "check_unchanged", "damaged", "is_damage", "nested", "stamp_of"]
 
 Stamp = tuple[int, int]
 
@@ -61,6 +61,18 @@ def damaged(name: str, kind: str, error: object) -> ValueError:
     fix = "It was cut or damaged; write it again."
     text = explain(name, seen=f"no valid {kind} file ({error})", expected="a whole one", fix=fix)
     return ValueError(text)
+
+
+def is_damage(error: Exception) -> bool:
+    """Returns whether an error of a library's tells of the file: not of the system, nor of memory.
+
+    Libraries raise what their decoders happen to raise.
+
+    Example:
+        >>> is_damage(ValueError("no chunk")), is_damage(OSError(5, "Input/output error"))
+        (True, False)
+    """
+    return not isinstance(error, MemoryError) and getattr(error, "errno", None) is None
 
 
 def nested(path: Path, columns: Sequence[tuple[Sequence[str], Any]]) -> Any:

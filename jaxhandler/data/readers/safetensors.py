@@ -12,18 +12,12 @@ import numpy as np
 from jaxhandler.data.readers.npy import rows_at
 from jaxhandler.data.readers.reader import Stored, damaged, nested, stamp_of
 from jaxhandler.errors import explain
-from jaxhandler.tensors import LARGEST_HEADER
+from jaxhandler.tensors import LARGEST_HEADER, NAMES
 
 __all__ = ["safetensors_reader"]
 
 _TYPES = {
-    "BOOL": np.bool_,
-    **{f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)},
-    **{f"F{8 * size}": f"<f{size}" for size in (2, 4, 8)},
-    "C64": "<c8",
-    "BF16": jnp.bfloat16,
-    "F8_E4M3": jnp.float8_e4m3fn,
-    "F8_E5M2": jnp.float8_e5m2,
+    code: np.dtype(getattr(jnp, name, name)).newbyteorder("<") for name, code in NAMES.items()
 }
 
 

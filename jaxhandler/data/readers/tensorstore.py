@@ -40,7 +40,7 @@ def is_spec(data: Any) -> bool:
     return isinstance(driver, str) and not Path(driver).suffix
 
 
-def tensorstore_reader(name: str, data: Any, missing: str, said: set[str] | None = None) -> Reader:
+def tensorstore_reader(name: str, data: Any, missing: str, said: set[str]) -> Reader:
     """Returns the reader of an array that TensorStore opens.
 
     Args:
@@ -64,7 +64,6 @@ def tensorstore_reader(name: str, data: Any, missing: str, said: set[str] | None
     if stored.dtype.hasobject or not stored.shape:
         return Reader(name, stored, unreadable(name))
     store = store[ts.d[:].translate_to[0]]
-    said = set() if said is None else said
     warn_of_codecs(name, _codecs(store), said)
     watch = Watch(name, said=said)
     size, origin, across = _grid(store)

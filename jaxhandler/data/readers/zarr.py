@@ -12,7 +12,7 @@ from jaxhandler.data.readers.advice import Codec, codec_of, warn_of_codecs
 from jaxhandler.data.readers.flat import Place, flat_reader
 from jaxhandler.data.readers.intact import FOREIGN, Intact
 from jaxhandler.data.readers.npy import unreadable
-from jaxhandler.data.readers.reader import Reader, Stored, damaged, nested
+from jaxhandler.data.readers.reader import Reader, Stored, damaged, is_damage, nested
 from jaxhandler.data.readers.zarr_chunks import Chunks
 from jaxhandler.errors import extra
 
@@ -54,7 +54,7 @@ def zarr_reader(path: Path, missing: str, intact: Intact = FOREIGN) -> Any:
     return nested(path, columns)
 
 
-def zarr_array_reader(name: str, array: Any, missing: str, said: set[str] | None = None) -> Reader:
+def zarr_array_reader(name: str, array: Any, missing: str, said: set[str]) -> Reader:
     """Returns the reader of an open Zarr array.
 
     Args:
@@ -69,7 +69,6 @@ def zarr_array_reader(name: str, array: Any, missing: str, said: set[str] | None
     Raises:
         ValueError: On reading, if a chunk is missing or damaged.
     """
-    said = set() if said is None else said
     reader = _reader(name, array, missing, said, FOREIGN)
     warn_of_codecs(name, _codecs(array), said)
     return reader
@@ -108,6 +107,8 @@ def _reader(name: str, array: Any, missing: str, said: set[str], intact: Intact)
         try:
             return read()
         except Exception as error:  # Each codec has errors of its own.
+            if not is_damage(error):
+                raise
             raise damaged(name, "Zarr", f"{error}, in {chunks.unreadable(indices)}") from error
 
     return Reader(name, stored, read, take, check=chunks.check)

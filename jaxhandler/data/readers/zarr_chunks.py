@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxhandler.data.readers.advice import Watch
 from jaxhandler.data.readers.intact import FOREIGN, Intact
+from jaxhandler.data.readers.reader import is_damage
 from jaxhandler.errors import explain
 
 __all__ = ["Chunks"]
@@ -91,7 +92,9 @@ class Chunks:
                 ]
                 try:
                     self._array[tuple(spans)]
-                except Exception:  # Each codec has errors of its own.
+                except Exception as error:  # Each codec has errors of its own.
+                    if not is_damage(error):
+                        raise
                     sizes = zip(position, self._inner, self._outer, strict=True)
                     file = self._array.metadata.encode_chunk_key(
                         tuple(place * inner // outer for place, inner, outer in sizes)

@@ -1,5 +1,6 @@
 """Zarr arrays and groups: chunks that are missing or cut, and how they may lie."""
 
+import errno
 import json
 import os
 import shutil
@@ -131,6 +132,16 @@ def test_a_cut_chunk_is_refused_with_its_rows(kind, x, path):
     match = rf"{path}.*(row 6 is cut|in rows 5 to 10, in .*1.*0|for row 10)"
     with pytest.raises(ValueError, match=match):
         source.read(0, 22)
+
+
+def test_an_error_of_the_system_is_not_taken_for_damage(x, path):
+    write(path, x)
+    chunk = chunks_of(path)[1]
+    os.unlink(chunk)
+    os.symlink(chunk, chunk)  # Nobody can open it, whoever tries.
+    with pytest.raises(OSError, match="symbolic links") as raised:
+        jh.open_source(path, missing_chunks="fill").read(0, 22)
+    assert raised.value.errno == errno.ELOOP
 
 
 @pytest.mark.parametrize("kind", ["raw", "compressed"])
