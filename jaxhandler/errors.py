@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 import operator
 import warnings
 from collections.abc import Iterable, Sequence
@@ -17,8 +18,10 @@ __all__ = [
     "check_choice",
     "check_count",
     "check_counts",
+    "check_number",
     "explain",
     "extra",
+    "form",
     "warn",
 ]
 
@@ -150,6 +153,35 @@ def check_counts(argument: str, values: Any) -> list[int]:
     return [check_count(argument, value) for value in values]
 
 
+def check_number(argument: str, value: Any, *, least: float, finite: bool = True) -> float:
+    """Returns `value` if it is a number of at least `least`, refusing bools.
+
+    Args:
+        argument: The name of the argument as the caller wrote it.
+        value: What the caller gave.
+        least: The smallest number that makes sense.
+        finite: Whether infinity makes none.
+
+    Returns:
+        The number.
+
+    Raises:
+        TypeError: If `value` is not a number.
+        ValueError: If it is below `least`, NaN, or infinite against `finite`.
+
+    Example:
+        >>> check_number("timeout_ms", 0.5, least=0)
+        0.5
+    """
+    expected = f"a number of at least {least:g}"
+    seen = f"{value!r} ({type(value).__name__})"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(explain(argument, seen=seen, expected=expected))
+    if not value >= least or (finite and value == math.inf):
+        raise ValueError(explain(argument, seen=seen, expected=expected))
+    return value
+
+
 def check_choice(argument: str, value: object, choices: Sequence[object]) -> None:
     """Refuses a `value` that is none of `choices`.
 
@@ -188,6 +220,20 @@ def a_type(value: object) -> str:
         type(value).__name__, type(value).__name__
     )
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def form(leaf: Any) -> str:
+    """Returns dtype and shape of an array, or of the type of one, as messages show it.
+
+    Args:
+        leaf: Anything with `dtype` and `shape`.
+
+    Example:
+        >>> import numpy as np
+        >>> form(np.zeros((2, 3), np.float32))
+        'float32[2, 3]'
+    """
+    return f"{leaf.dtype}{list(leaf.shape)}"
 
 
 def warn(text: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxhandler.errors import a_type, check_count, explain
 
-__all__ = ["data_size", "leaves_with_paths", "map_data", "ragged", "slice_data"]
+__all__ = ["data_size", "is_key", "leaves_with_paths", "map_data", "ragged", "slice_data"]
 
 
 def leaves_with_paths(
@@ -29,6 +29,22 @@ def leaves_with_paths(
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in flat]
+
+
+def is_key(leaf: Any) -> bool:
+    """Returns whether a leaf is an array of random keys, or the type of one.
+
+    Example:
+        >>> is_key(jax.random.key(0)), is_key(jax.random.PRNGKey(0)), is_key(0)
+        (True, False, False)
+    """
+    dtype = getattr(leaf, "dtype", None)
+    # Looked at first because it takes no time, and plans ask at every call.
+    return (
+        dtype is not None
+        and not isinstance(dtype, np.dtype)
+        and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    )
 
 
 def data_size(data: Any, *, argument: str = "data") -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxhandler as jh
-from jaxhandler.trees import leaves_with_paths
+from jaxhandler.trees import is_key, leaves_with_paths
 
 
 class Pair(NamedTuple):
@@ -280,3 +280,17 @@ def test_paths_are_written_as_one_would_index():
 def test_the_descent_can_be_stopped():
     found = leaves_with_paths([(1, 2)], is_leaf=lambda node: isinstance(node, tuple))
     assert found == [("[0]", (1, 2))]
+
+
+# is_key
+
+
+def test_random_keys_are_told_from_numbers_whatever_holds_them():
+    keys = jax.random.split(jax.random.key(0), 3)
+    for leaf in (keys, jax.ShapeDtypeStruct(keys.shape, keys.dtype)):
+        assert is_key(leaf)
+    for leaf in (jax.random.key_data(keys), np.zeros(2), jax.ShapeDtypeStruct((), np.uint32), 3):
+        assert not is_key(leaf)
+    seen = []
+    jax.jit(lambda *leaves: seen.extend(map(is_key, leaves)))(keys, np.zeros(2))
+    assert seen == [True, False]

@@ -13,7 +13,7 @@ from jaxhandler.assembly.model import Model
 from jaxhandler.data.database import Database
 from jaxhandler.data.packs import is_packed
 from jaxhandler.data.sources import Source, open_source
-from jaxhandler.errors import a_type, explain
+from jaxhandler.errors import a_type, explain, form
 
 __all__ = [
     "Columns",
@@ -214,7 +214,7 @@ def _sizing(
 
 def _shapes(outputs: Mapping[str, Any]) -> str:
     leaves = sorted(outputs.items())
-    return ", ".join(f"{name} {leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves)
+    return ", ".join(f"{name} {form(leaf)}" for name, leaf in leaves)
 
 
 def _smallest(columns: Mapping[str, Any]) -> str:

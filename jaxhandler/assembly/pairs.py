@@ -25,7 +25,7 @@ from jaxhandler.data.structures import (
     dense_structures,
 )
 from jaxhandler.data.writers.growing import GrowingFile
-from jaxhandler.errors import check_count, explain
+from jaxhandler.errors import check_count, explain, form
 from jaxhandler.typing import Progress
 
 __all__ = ["precompute_pairs"]
@@ -128,7 +128,7 @@ class _Geometry:
             per, reader = structures.columns[names[part]]
             expected = "atom" if part == "positions" else "structure"
             if reader.specs.shape[1:] != shapes[part] or per != expected:
-                seen = f"{reader.specs.dtype}{list(reader.specs.shape)} per {per}"
+                seen = f"{form(reader.specs)} per {per}"
                 text = f"[..., {', '.join(map(str, shapes[part]))}] per {expected}"
                 raise ValueError(explain(reader.name, seen=seen, expected=text))
 

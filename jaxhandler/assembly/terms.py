@@ -23,7 +23,7 @@ from jaxhandler.assembly.expressions import (
 )
 from jaxhandler.assembly.kinds import KINDS, MEANS, UnfitError, labelled, real, wide
 from jaxhandler.assembly.statistics import MEAN
-from jaxhandler.errors import a_type, explain
+from jaxhandler.errors import a_type, explain, form
 from jaxhandler.trees import leaves_with_paths
 from jaxhandler.typing import Mean
 
@@ -310,7 +310,7 @@ def entries_of(xp: Any, term: Term, leaf: Leaf) -> tuple[tuple[Any, ...], Any]:
         if entries[0].shape[:1] not in {(size,) for size in rows}:
             raise UnfitError(f"one for each of {max(rows)} rows, [B, ...]")
     except UnfitError as error:
-        shapes = ", ".join(f"{value.dtype}{list(value.shape)}" for value in values)
+        shapes = ", ".join(map(form, values))
         text = explain(str(term), seen=f"values {shapes}", expected=str(error))
         raise ValueError(text) from None
     shape = entries[0].shape

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxhandler.checkpointing.leaves import describe_leaf, is_key
+from jaxhandler.checkpointing.leaves import describe_leaf
 from jaxhandler.errors import explain
-from jaxhandler.trees import leaves_with_paths
+from jaxhandler.trees import is_key, leaves_with_paths
 from jaxhandler.versions import processor
 
 __all__ = [

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler.errors import explain
+from jaxhandler.trees import is_key
 
 __all__ = [
     "Entry",
     "describe_leaf",
     "flatten",
-    "is_key",
     "nested",
     "nodes_of",
     "restore",
@@ -181,12 +181,6 @@ def describe_leaf(leaf: Any) -> str:
     if not hasattr(leaf, "dtype"):
         leaf = jnp.asarray(leaf)
     return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-
-
-def is_key(leaf: Any) -> bool:
-    """Returns whether a leaf is an array of random keys."""
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _describe_entry(entry: Entry) -> str:

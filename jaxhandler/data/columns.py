@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxhandler.data.readers.flat import check_length, take_rows
 from jaxhandler.data.readers.reader import Reader, Stored
-from jaxhandler.errors import a_type, explain
+from jaxhandler.errors import a_type, explain, form
 
 __all__ = ["array_reader", "device_reader", "device_rows", "slicing_reader"]
 
@@ -79,7 +79,7 @@ def slicing_reader(name: str, array: Any) -> Reader:
         if rows.shape != expected or rows.dtype != dtype:
             text = explain(
                 name,
-                seen=f"{rows.dtype}{list(rows.shape)} for rows {start} to {stop}",
+                seen=f"{form(rows)} for rows {start} to {stop}",
                 expected=f"{dtype}{list(expected)}",
                 fix="Make slicing agree with the object's shape and dtype.",
             )

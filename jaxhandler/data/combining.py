@@ -72,9 +72,13 @@ def described(specs: Any) -> str:
         >>> described({"x": np.zeros((5, 2), np.float32)})
         "['x'] float32[N, 2]"
     """
-    describe = lambda spec: f"{spec.dtype}[{', '.join(map(str, ('N', *spec.shape[1:])))}]"  # noqa: E731
     leaves = leaves_with_paths(specs)
-    return ", ".join(f"{path} {describe(spec)}".strip() for path, spec in leaves)
+    return ", ".join(f"{path} {form_of_rows(spec)}".strip() for path, spec in leaves)
+
+
+def form_of_rows(spec: Any) -> str:
+    """Returns dtype and shape of rows as text, how many there are left open: `float32[N, 2]`."""
+    return f"{spec.dtype}[{', '.join(map(str, ('N', *spec.shape[1:])))}]"
 
 
 def combine(data: Any, argument: str, open_leaf: Callable[[str, Any], Source]) -> Source:

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxhandler.data.buffers import aligned_copy
 from jaxhandler.errors import check_choice, explain, warn
-from jaxhandler.trees import ragged
+from jaxhandler.trees import is_key, ragged
 
 __all__ = ["check_dtype", "check_fits", "check_leaf", "narrow"]
 
@@ -44,7 +44,7 @@ def check_dtype(name: str, array: Any, narrowing: str = "warn") -> np.dtype:
     check_choice("narrowing", narrowing, ("warn", "raise", "allow"))
     if array.dtype in _PLAIN and not isinstance(array, np.ma.MaskedArray):
         return np.dtype(array.dtype)
-    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    if is_key(array):
         fix = "Pass jax.random.key_data(keys) and wrap them again in the model."
         raise TypeError(explain(name, seen="random keys", expected="numbers", fix=fix))
     dtype = np.dtype(array.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxhandler.data.sources import Source
+from jaxhandler.data.combining import Source, form_of_rows
 from jaxhandler.data.stream import naming_rows
 from jaxhandler.errors import check_choice
 from jaxhandler.trees import leaves_with_paths
@@ -64,11 +64,7 @@ def fingerprint(source: Source, extent: str = "auto") -> dict[str, Any]:
         "rows": source.num_rows,
         "digest": "none" if extent == "none" else "full" if whole else "sampled",
         **{
-            path: f"{_type(spec)} {digest.hexdigest()[:16]}"
+            path: f"{form_of_rows(spec)} {digest.hexdigest()[:16]}"
             for (path, spec), digest in zip(leaves, digests, strict=True)
         },
     }
-
-
-def _type(spec: Any) -> str:
-    return f"{spec.dtype}[{', '.join(map(str, ('N', *spec.shape[1:])))}]"

@@ -15,7 +15,7 @@ from jaxhandler.data.readers.formats import readers_of
 from jaxhandler.data.readers.intact import Intact, rows_of
 from jaxhandler.data.readers.npy import npy_reader
 from jaxhandler.data.readers.reader import Reader
-from jaxhandler.errors import a_type, explain
+from jaxhandler.errors import a_type, explain, form
 
 __all__ = ["counts_of", "named_readers", "num_rows", "scattering"]
 
@@ -135,7 +135,7 @@ def counts_of(reader: Reader, least: int) -> np.ndarray:
     """
     counts = np.asarray(reader.read(0, reader.specs.shape[0]))
     if counts.ndim != 1 or counts.dtype.kind not in "iu":
-        seen, expected = f"{counts.dtype}{list(counts.shape)}", "a whole number per structure, [N]"
+        seen, expected = form(counts), "a whole number per structure, [N]"
         raise TypeError(explain(reader.name, seen=seen, expected=expected))
     wrong = np.flatnonzero(counts < least)
     if wrong.size:

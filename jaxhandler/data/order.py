@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxhandler.errors import check_choice, explain
+from jaxhandler.trees import is_key
 
 __all__ = [
     "SHUFFLES",
@@ -169,9 +170,7 @@ def generator_of(key: Any, epoch: int, draw: int) -> np.random.Generator:
     Returns:
         A generator of its own for each of these.
     """
-    data = (
-        jax.random.key_data(key) if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    )
+    data = jax.random.key_data(key) if is_key(key) else key
     seed = [*np.ravel(np.asarray(data)).tolist(), epoch, draw]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from jaxhandler.data.dtypes import check_leaf
 from jaxhandler.errors import a_type, explain
-from jaxhandler.trees import leaves_with_paths
+from jaxhandler.trees import is_key, leaves_with_paths
 from jaxhandler.typing import Placement
 
 __all__ = ["place_rows", "placed_specs", "replicate_like", "resolve_sharding", "stand_in"]
@@ -94,7 +94,7 @@ def stand_in(leaf: Any, sharding: Sharding | None) -> Any:
     Returns:
         A `jax.ShapeDtypeStruct`, or a JAX array of random keys.
     """
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if is_key(leaf):
         keys = leaf if isinstance(leaf, jax.Array) else jnp.zeros(leaf.shape, leaf.dtype)
         return jax.device_put(keys, sharding)
     dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)

@@ -19,7 +19,7 @@ from jaxhandler.data.writers.hdf5 import HDF5
 from jaxhandler.data.writers.npy import NPY, NPY_FOLDER
 from jaxhandler.data.writers.zarr import ZARR
 from jaxhandler.errors import a_type, explain, extra
-from jaxhandler.trees import leaves_with_paths
+from jaxhandler.trees import is_key, leaves_with_paths
 
 __all__ = [
     "FORMATS",
@@ -89,7 +89,7 @@ def open_sink(
     """
     if out is None:
         for name, spec in leaves_with_paths(specs):
-            if jax.dtypes.issubdtype(spec.dtype, jax.dtypes.prng_key):
+            if is_key(spec):
                 text = explain("outputs", path=name, seen="random keys", expected="numbers")
                 raise TypeError(f"{text} Return jax.random.key_data(keys) instead.")
         return HostSink(specs, row_axis)
@@ -388,6 +388,6 @@ def _replaceable(place: Path, *, folder: bool) -> bool:
 def _on_host(array: Any) -> bool:
     if isinstance(array, np.ndarray):
         return True
-    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    if is_key(array):
         return False
     return all(device.platform == "cpu" for device in array.devices())

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhandler.errors import IsolationError, a_type, check_count, explain
-from jaxhandler.trees import leaves_with_paths
+from jaxhandler.errors import IsolationError, a_type, check_count, explain, form
+from jaxhandler.trees import is_key, leaves_with_paths
 
 __all__ = ["check_isolation"]
 
@@ -180,7 +180,7 @@ def _check_step(step: Any, state: Any, batch: Any) -> None:
 
 
 def _form(leaf: Any) -> str:
-    return "no leaf" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
+    return "no leaf" if leaf is None else form(leaf)
 
 
 def _steps(run: Any, state: Any, batch: Any, steps: int, members: int) -> Iterator[list[_Leaf]]:
@@ -243,7 +243,7 @@ def _put(leaves: list[Any], rows: list[Any], member: Any, axis: int) -> list[Any
     """Sets a member's rows; `at` keeps weak types, and with them what the step promotes to."""
 
     def put(leaf: Any, row: Any) -> jax.Array:
-        if _is_key(leaf):
+        if is_key(leaf):
             row = jax.random.wrap_key_data(row, impl=jax.random.key_impl(leaf))
         return leaf.at[(*[slice(None)] * axis, member)].set(row)
 
@@ -281,8 +281,4 @@ def _message(
 
 
 def _data(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf

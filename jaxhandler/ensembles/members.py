@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxhandler.errors import a_type, check_count, explain
-from jaxhandler.trees import leaves_with_paths
+from jaxhandler.errors import a_type, check_count, explain, form
+from jaxhandler.trees import is_key, leaves_with_paths
 
 __all__ = [
     "ARRAYS",
@@ -170,10 +170,9 @@ def init_members(init_fn: Callable[[Any], Any], keys: Any) -> Any:
         >>> jh.init_members(init_fn, jax.random.split(jax.random.key(0), 5))["w"].shape
         (5, 3, 2)
     """
-    dtype = getattr(keys, "dtype", None)
-    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    typed = is_key(keys)
     fix = "Pass jax.random.split(key, members)."
-    if not typed and dtype != np.uint32:
+    if not typed and getattr(keys, "dtype", None) != np.uint32:
         raise TypeError(explain("keys", seen=a_type(keys), expected="random keys [E]", fix=fix))
     if keys.ndim != (1 if typed else 2) or not len(keys):
         seen = f"{'keys' if typed else 'uint32'} of shape {list(keys.shape)}"
@@ -238,7 +237,7 @@ def _checked_indices(indices: Any, members: int) -> Any:
     traced = isinstance(indices, Tracer)
     if not traced:
         indices = np.asarray(indices)
-    forms = {"seen": f"{indices.dtype}{list(indices.shape)}", "expected": "whole numbers [K]"}
+    forms = {"seen": form(indices), "expected": "whole numbers [K]"}
     if indices.ndim == 1 and not indices.size:
         raise ValueError(explain("indices", seen="none", expected="at least one member"))
     if not jnp.issubdtype(indices.dtype, jnp.integer) and indices.dtype != bool:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxhandler.errors import a_type, explain
+from jaxhandler.errors import a_type, explain, form
 from jaxhandler.trees import leaves_with_paths
 
 __all__ = ["batching_rule"]
@@ -113,14 +113,10 @@ def _check_cotangent(argument: str, cotangent: Any, arg: Any) -> None:
         if leaf is None or getattr(leaf, "dtype", None) == jax.dtypes.float0:
             continue
         seen, expected = jax.typeof(leaf), jax.typeof(primal)
-        forms = {"seen": _form(seen), "expected": _form(expected)}
+        forms = {"seen": form(seen), "expected": form(expected)}
         fix = "Give the cotangent of one member, in the shape and dtype of the argument."
         if not jax.dtypes.issubdtype(expected.dtype, np.inexact):
-            forms["expected"], fix = f"None for {_form(expected)}", "It can have no gradient."
+            forms["expected"], fix = f"None for {form(expected)}", "It can have no gradient."
         elif (seen.shape, seen.dtype) == (expected.shape, expected.dtype):
             continue
         raise ValueError(explain(argument, path=path, fix=fix, **forms))
-
-
-def _form(aval: Any) -> str:
-    return f"{aval.dtype}{list(aval.shape)}"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhandler.errors import a_type, check_choice, check_count, explain
+from jaxhandler.errors import a_type, check_choice, check_count, explain, form
 from jaxhandler.trees import leaves_with_paths
 
 __all__ = ["batch_accuracy", "batch_loss", "batch_topk"]
@@ -192,7 +192,7 @@ def _target_axis(path: str, leaf: Any, members: int, rows: int, told: Any) -> in
 def _checked_mask(mask: Any, members: int, rows: int) -> jax.Array:
     mask = _as_array(mask)
     forms = {
-        "seen": f"{mask.dtype}{list(mask.shape)}",
+        "seen": form(mask),
         "expected": f"bool[{rows}] or bool[{members}, {rows}]",
     }
     if mask.dtype != bool:
@@ -208,7 +208,7 @@ def _check_losses(losses: Any, rows: int) -> None:
         raise TypeError(explain("loss_fn", seen=a_type(losses), expected=expected))
     if losses.shape != (rows,):
         fix = "Reduce each row over its other axes, and leave the rows to `reduction`."
-        seen = f"{losses.dtype}{list(losses.shape)}" if losses.ndim else "a scalar"
+        seen = form(losses) if losses.ndim else "a scalar"
         raise ValueError(explain("loss_fn", seen=seen, expected=expected, fix=fix))
 
 
@@ -233,11 +233,11 @@ def _as_array(value: Any) -> Any:
 
 def _check_classes(logits: Any, targets: Any) -> None:
     if logits.ndim < 3 or not logits.shape[-1]:
-        seen = f"{logits.dtype}{list(logits.shape)}"
+        seen = form(logits)
         raise ValueError(explain("logits", seen=seen, expected="[E, B, C], one logit per class"))
     rows = list(logits.shape[:-1])
     forms = {
-        "seen": f"{targets.dtype}{list(targets.shape)}",
+        "seen": form(targets),
         "expected": f"whole numbers of shape {rows[1:]}, or {rows} if each member has its own",
     }
     if not jnp.issubdtype(targets.dtype, jnp.integer):

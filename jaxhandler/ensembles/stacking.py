@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from jaxhandler.ensembles.members import ARRAYS, check_leaf, num_members, on_host
 from jaxhandler.errors import a_type, explain
-from jaxhandler.trees import leaves_with_paths
+from jaxhandler.trees import is_key, leaves_with_paths
 
 __all__ = ["stack", "unstack"]
 
@@ -145,7 +145,7 @@ def _unstacked(leaf: Any, members: int) -> list[Any]:
 
 
 def _to_host(leaves: tuple[Any, ...]) -> list[np.ndarray]:
-    return jax.device_get([jax.random.key_data(x) if _is_key(x) else _as_jax(x) for x in leaves])
+    return jax.device_get([jax.random.key_data(x) if is_key(x) else _as_jax(x) for x in leaves])
 
 
 def _to_device(value: Any, like: tuple[Any, ...]) -> jax.Array:
@@ -156,17 +156,13 @@ def _to_device(value: Any, like: tuple[Any, ...]) -> jax.Array:
         isinstance(x, jax.Array) and x.committed and x.sharding == sharding for x in like
     )
     array = jax.device_put(value, sharding if one_place else None)
-    if _is_key(first):
+    if is_key(first):
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(first))
     return _weaken(array) if all(jax.typeof(x).weak_type for x in like) else array
 
 
 def _as_jax(leaf: Any) -> Any:
     return leaf if isinstance(leaf, ARRAYS) else jnp.asarray(leaf)
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 @jax.jit

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxhandler.errors import explain
+from jaxhandler.errors import explain, form
 from jaxhandler.trees import leaves_with_paths
 
 __all__ = [
@@ -111,7 +111,7 @@ def check_axes(name: str, tree: Any, axes: Any, members: int) -> None:
     paths = leaves_with_paths(tree)
     for (path, leaf), axis in zip(paths, leaf_axes(axes, tree), strict=True):
         if axis is not None and (leaf.ndim <= axis or leaf.shape[axis] != members):
-            seen = f"{leaf.dtype}{list(leaf.shape)}"
+            seen = form(leaf)
             expected = f"{members} members along axis {axis}"
             fix = "Use jh.stack or jh.replicate, or make an ensemble of as many with jh.ensemble."
             raise ValueError(explain(name, path=path, seen=seen, expected=expected, fix=fix))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxhandler.checkpointing.leaves import is_key
+from jaxhandler.trees import is_key
 
 __all__ = ["digest_jaxpr"]
 

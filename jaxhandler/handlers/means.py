@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhandler.errors import a_type, explain
+from jaxhandler.errors import a_type, explain, form
 from jaxhandler.typing import Mean
 
 __all__ = ["as_mean", "merged"]
@@ -51,7 +51,7 @@ def as_mean(value: Any, mask: jax.Array, *, name: str, pad: bool) -> Mean:
             return Mean(value.sum(), jnp.asarray(rows, value.dtype))
         # `where`, not a product: a padded row must not poison the sum with NaN times zero.
         return Mean(jnp.where(mask, value, 0).sum(), mask.sum(dtype=value.dtype))
-    seen = f"{value.dtype}{list(value.shape)} for a batch of {rows} rows"
+    seen = f"{form(value)} for a batch of {rows} rows"
     fix = "Take the mean over the other axes inside the function."
     raise ValueError(explain(name, seen=seen, expected=expected, fix=fix))
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhandler.errors import a_type, explain
+from jaxhandler.errors import a_type, explain, form
 from jaxhandler.handlers.digests import digest_jaxpr
 from jaxhandler.handlers.outputs import pack
 from jaxhandler.handlers.program import Program, TwoForms
 from jaxhandler.plans import compile_plan, signature
-from jaxhandler.trees import leaves_with_paths
+from jaxhandler.trees import is_key, leaves_with_paths
 from jaxhandler.typing import Batch, Step
 
 __all__ = ["Keys", "Plans", "Traced", "convolves", "trace_step"]
@@ -79,7 +79,7 @@ def trace_step(
                 consts, carry, data, index, scalar, count
             )
         except Exception as error:
-            shapes = ", ".join(f"data{path} {_describe(x)}" for path, x in leaves_with_paths(data))
+            shapes = ", ".join(f"data{path} {form(x)}" for path, x in leaves_with_paths(data))
             error.add_note(f"This came while tracing your function on a batch of {shapes}.")
             raise
         after, out = traced.out_info
@@ -139,7 +139,7 @@ class Keys:
 
     def __init__(self, tree: Any) -> None:
         impls = [
-            jax.random.key_impl(leaf) if _is_key(leaf) else None for leaf in jax.tree.leaves(tree)
+            jax.random.key_impl(leaf) if is_key(leaf) else None for leaf in jax.tree.leaves(tree)
         ]
         self._impls = impls if any(impls) else None
 
@@ -147,7 +147,7 @@ class Keys:
         """Returns the tree with uint32 arrays instead of typed keys."""
         if self._impls is None:
             return tree
-        return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
+        return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
 
     def wrap(self, tree: Any) -> Any:
         """Returns a tree that `strip` gave as it was before."""
@@ -260,7 +260,7 @@ def _check_carry(before: Any, after: Any) -> None:
         raise ValueError(explain("carry", seen=f"{new} returned", expected=str(old), fix=fix))
     for (path, a), (_, b) in zip(leaves_with_paths(before), leaves_with_paths(after), strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
-            seen, expected = f"{_describe(b)} returned", _describe(a)
+            seen, expected = f"{form(b)} returned", form(a)
             raise ValueError(explain("carry", path=path, seen=seen, expected=expected, fix=fix))
 
 
@@ -274,17 +274,8 @@ def _check_out(program: Program, out: Any, rows: int) -> None:
             text = explain(
                 "outputs",
                 path=path,
-                seen=f"{_describe(leaf)} for a batch of {rows} rows",
+                seen=f"{form(leaf)} for a batch of {rows} rows",
                 expected=f"{rows} along axis {axis}",
                 fix='Keep the row axis, or use jh.handler(..., outputs="steps") for one per batch.',
             )
             raise ValueError(text)
-
-
-def _is_key(leaf: Any) -> bool:
-    dtype = leaf.dtype
-    return not isinstance(dtype, np.dtype) and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-def _describe(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"

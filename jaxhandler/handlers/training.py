@@ -12,7 +12,7 @@ from jaxhandler.data.dtypes import check_leaf
 from jaxhandler.errors import a_type, explain
 from jaxhandler.handlers.means import as_mean, merged
 from jaxhandler.handlers.steps import convolves
-from jaxhandler.trees import leaves_with_paths
+from jaxhandler.trees import is_key, leaves_with_paths
 from jaxhandler.typing import Batch, Mean, RunReport, Step
 
 __all__ = [
@@ -262,10 +262,9 @@ def default_order_key(key: Any) -> Any:
 
 def as_key(name: str, key: Any) -> Any:
     """Returns `key` with the type of a key; arrays of uint32, the older form, are taken as well."""
-    dtype = getattr(key, "dtype", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if is_key(key):
         return key
-    if dtype == np.uint32:
+    if getattr(key, "dtype", None) == np.uint32:
         return jax.random.wrap_key_data(key)
     fix = "Pass jax.random.key(0), for instance."
     raise TypeError(explain(name, seen=a_type(key), expected="a random key", fix=fix))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxhandler.errors import a_type, explain
-from jaxhandler.inference.inferer import MemoizingInferer
+from jaxhandler.inference.inferer import MemoizingInferer, check_inferer
 from jaxhandler.inference.named import join_rows, split_rows
 
 __all__ = ["Batched", "batched"]
@@ -129,6 +129,5 @@ def batched(infer: MemoizingInferer) -> Batched:
         >>> len(queue), queue.execute()["right"]
         (2, {'y': array([6., 8.], dtype=float32)})
     """
-    if not isinstance(infer, MemoizingInferer):
-        raise TypeError(explain("infer", seen=a_type(infer), expected="an inferer"))
+    check_inferer("infer", infer)
     return Batched(infer)

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from jaxhandler.errors import a_type, check_count, explain
-from jaxhandler.inference.inferer import MemoizingInferer
+from jaxhandler.errors import check_count, check_number, explain
+from jaxhandler.inference.inferer import MemoizingInferer, check_inferer
 from jaxhandler.inference.named import check_row, join_rows, split_rows
 from jaxhandler.inference.requests import BatcherStats, Line, Reply, Request, refuse_closed
 
@@ -242,15 +242,15 @@ def micro_batcher(
         >>> [float(future.result()) for future in futures]
         [0.0, 3.0, 6.0, 9.0]
     """
-    if not isinstance(infer, MemoizingInferer):
-        expected = "what jh.memoizing_inferer makes"
-        raise TypeError(explain("infer", seen=a_type(infer), expected=expected))
+    check_inferer("infer", infer)
     check_count("max_rows", max_rows)
     queued = _QUEUED_BATCHES * max_rows if max_queue is None else max_queue
     check_count("max_queue", queued, least=max_rows)
-    max_wait = _seconds("max_wait_ms", max_wait_ms, least=0)
-    timeout = math.inf if timeout_ms is None else _seconds("timeout_ms", timeout_ms, max_wait_ms)
-    line = Line(max_rows, max_wait, queued, timeout, by_agent=infer.agents is not None)
+    check_number("max_wait_ms", max_wait_ms, least=0)
+    timeout = math.inf
+    if timeout_ms is not None:
+        timeout = check_number("timeout_ms", timeout_ms, least=max_wait_ms) / 1e3
+    line = Line(max_rows, max_wait_ms / 1e3, queued, timeout, by_agent=infer.agents is not None)
     return MicroBatcher(infer, line)
 
 
@@ -311,16 +311,6 @@ def _settle(pairs: Iterable[tuple[Any, Any]], failed: bool) -> None:
     for future, outcome in pairs:
         if not future.done():
             (future.set_exception if failed else future.set_result)(outcome)
-
-
-def _seconds(argument: str, milliseconds: float, least: float) -> float:
-    expected = f"a number of at least {least:g}"
-    seen = f"{milliseconds!r} ({type(milliseconds).__name__})"
-    if isinstance(milliseconds, bool) or not isinstance(milliseconds, int | float):
-        raise TypeError(explain(argument, seen=seen, expected=expected))
-    if not least <= milliseconds < math.inf:
-        raise ValueError(explain(argument, seen=seen, expected=expected))
-    return milliseconds / 1e3
 
 
 _running: dict[threading.Thread, Line] = {}

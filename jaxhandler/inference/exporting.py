@@ -9,6 +9,7 @@ import jax.export
 from jaxhandler.errors import explain
 from jaxhandler.inference.engine import Engine
 from jaxhandler.inference.structures import leaf_order, plain
+from jaxhandler.trees import is_key
 
 __all__ = ["Model", "as_numbers", "exported_model"]
 
@@ -111,10 +112,6 @@ def _arranged(like: Any, leaves: Sequence[Any]) -> Any:
     return jax.tree.structure(like).unflatten([ordered[place] for place in range(len(leaves))])
 
 
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def as_numbers(leaf: Any) -> Any:
     """Returns a leaf of parameters as an array of numbers, which random keys are not.
 
@@ -124,10 +121,10 @@ def as_numbers(leaf: Any) -> Any:
     Returns:
         Keys as `uint32`; other arrays as they are.
     """
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
 def _wrapped(leaf: Any, like: Any) -> Any:
-    if _is_key(like):
+    if is_key(like):
         return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like))
     return leaf

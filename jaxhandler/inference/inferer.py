@@ -16,7 +16,7 @@ from jaxhandler.inference.parameters import beside, check_like, on_device
 from jaxhandler.inference.policies import Policy
 from jaxhandler.inference.stats import InfererStats
 
-__all__ = ["MemoizingInferer"]
+__all__ = ["MemoizingInferer", "check_inferer"]
 
 
 class MemoizingInferer:
@@ -35,11 +35,10 @@ class MemoizingInferer:
     Example:
         >>> import numpy as np, jaxhandler as jh
         >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros((1, 3), np.float32))
-        >>> infer(np.ones((2, 3), np.float32))
-        array([[2., 2., 2.],
-               [2., 2., 2.]], dtype=float32)
+        >>> infer(np.ones((1, 3), np.float32))
+        array([[2., 2., 2.]], dtype=float32)
         >>> infer
-        MemoizingInferer(float32[rows, 3] -> float32[rows, 3], exact: 1 plan (2), ...)
+        MemoizingInferer(float32[rows, 3] -> float32[rows, 3], exact: 1 plan (1), ...)
     """
 
     def __init__(self, engine: Engine, params: Any, agents: Agents | None = None) -> None:
@@ -304,8 +303,7 @@ class MemoizingInferer:
             >>> infer(np.ones((1, 1), np.float32))
             array([[-1.]], dtype=float32)
         """
-        if not isinstance(new, MemoizingInferer):
-            raise TypeError(explain("new", seen=a_type(new), expected="an inferer"))
+        check_inferer("new", new)
         check_same_form("new.raw_input_specs", new.engine.inputs, self.engine.inputs)
         check_same_form("new.raw_output_specs", new.engine.outputs, self.engine.outputs)
         return MemoizingInferer(new.engine, new.params, self.agents)
@@ -392,3 +390,10 @@ class MemoizingInferer:
     def __repr__(self) -> str:
         wrapped = f"{self.agents}, " if self.agents is not None else ""
         return f"{type(self).__name__}({self.inputs} -> {self.outputs}, {wrapped}{self.engine})"
+
+
+def check_inferer(argument: str, infer: Any) -> None:
+    """Refuses what is no `MemoizingInferer` with a TypeError."""
+    if not isinstance(infer, MemoizingInferer):
+        expected = "an inferer, what jh.memoizing_inferer makes"
+        raise TypeError(explain(argument, seen=a_type(infer), expected=expected))

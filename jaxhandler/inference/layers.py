@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxhandler.errors import explain
+from jaxhandler.errors import explain, form
 from jaxhandler.inference.rows import Rows
 from jaxhandler.plans import compile_plan
 
@@ -249,10 +249,7 @@ def check_same_form(argument: str, new: Rows, old: Rows) -> None:
         ValueError: new['x']: saw int8[4], expected int8[3].
     """
     seen, expected = (
-        {
-            name: f"{spec.dtype}{list(spec.shape)}"
-            for name, spec in zip(rows.names, rows.specs, strict=True)
-        }
+        {name: form(spec) for name, spec in zip(rows.names, rows.specs, strict=True)}
         for rows in (new, old)
     )
     for name in [*expected, *seen]:

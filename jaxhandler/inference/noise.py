@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhandler.errors import a_type, explain
+from jaxhandler.errors import a_type, explain, form
 from jaxhandler.handlers.training import as_key
 from jaxhandler.inference.agents import agent_bits
-from jaxhandler.inference.inferer import MemoizingInferer
+from jaxhandler.inference.inferer import MemoizingInferer, check_inferer
 from jaxhandler.inference.layers import AgentRows, Layer, find_spec
 
 __all__ = ["Noise", "constant", "draw", "normal", "uniform"]
@@ -163,8 +163,7 @@ def with_epsilon(
         >>> infer({"x": np.ones((1, 2), np.float32)})
         {'y': array([[1.5, 1.5]], dtype=float32)}
     """
-    if not isinstance(infer, MemoizingInferer):
-        raise TypeError(explain("infer", seen=a_type(infer), expected="an inferer"))
+    check_inferer("infer", infer)
     spec = find_spec("key", key, infer.inputs, infer.engine.inputs)
     if not isinstance(spec, jax.ShapeDtypeStruct):
         seen = f"{key!r}, a tree of {len(jax.tree.leaves(spec))} arrays"
@@ -177,7 +176,7 @@ def with_epsilon(
     made: Noise = noise
     row = jax.eval_shape(lambda: _draw(made, np.zeros(2, np.uint32), np.uint32(0), *_form(spec)))
     if getattr(row, "shape", None) != spec.shape or row.dtype != spec.dtype:
-        expected = f"{spec.dtype}{list(spec.shape)}"
+        expected = form(spec)
         raise ValueError(explain("noise", seen=f"a function that gives {row}", expected=expected))
 
     def fill(states: Any, rows: AgentRows) -> list[Any]:

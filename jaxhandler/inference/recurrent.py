@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from jaxhandler.errors import a_type, check_count, explain
-from jaxhandler.inference.inferer import MemoizingInferer
+from jaxhandler.errors import a_type, check_count, explain, form
+from jaxhandler.inference.inferer import MemoizingInferer, check_inferer
 from jaxhandler.inference.layers import AgentRows, Layer, find_spec
 
 __all__ = ["recurrent"]
@@ -45,8 +45,7 @@ def recurrent(
         >>> infer.batch({"left": {"x": [3]}})
         {'left': {'y': array([-3.], dtype=float32)}}
     """
-    if not isinstance(infer, MemoizingInferer):
-        raise TypeError(explain("infer", seen=a_type(infer), expected="an inferer"))
+    check_inferer("infer", infer)
     check_count("capacity", capacity)
     if not isinstance(pairs, Mapping) and pairs != "auto":
         expected = 'a dictionary from inputs to outputs, or "auto"'
@@ -85,5 +84,5 @@ def _alike(infer: MemoizingInferer) -> dict[str, str]:
 
 
 def _named(specs: Any) -> str:
-    kinds = [f"{spec.dtype}{list(spec.shape)}" for spec in jax.tree.leaves(specs)]
+    kinds = [form(spec) for spec in jax.tree.leaves(specs)]
     return kinds[0] if len(kinds) == 1 else f"({', '.join(kinds)})"

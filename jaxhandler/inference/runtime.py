@@ -6,9 +6,9 @@ import time
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
-from jaxhandler.errors import a_type, explain
+from jaxhandler.errors import a_type, check_number, explain
 from jaxhandler.inference.agents import check_agents
-from jaxhandler.inference.inferer import MemoizingInferer
+from jaxhandler.inference.inferer import MemoizingInferer, check_inferer
 from jaxhandler.inference.named import check_row
 
 __all__ = ["RunError", "Runtime", "choose", "runtime"]
@@ -92,7 +92,7 @@ class Runtime:
         """
         if not isinstance(name, str):
             raise TypeError(explain("name", seen=a_type(name), expected="text"))
-        _check_infer(infer)
+        check_inferer("infer", infer)
         with self._lock:
             if name in self._models:
                 fix = "Use runtime.replace(name, infer), which keeps what waits."
@@ -111,7 +111,7 @@ class Runtime:
             TypeError: If `infer` is no inferer.
             ValueError: If no model has the name, or the new one takes other inputs.
         """
-        _check_infer(infer)
+        check_inferer("infer", infer)
         with self._lock:
             old = self._find(name)
             seen, expected = str(infer.inputs), str(old.infer.inputs)
@@ -210,7 +210,8 @@ class Runtime:
             >>> rt.waiting()
             {'walker': 1, 'swimmer': 0}
         """
-        deadline = time.perf_counter() + _checked(milliseconds) / 1e3
+        check_number("milliseconds", milliseconds, least=0, finite=False)
+        deadline = time.perf_counter() + milliseconds / 1e3
         # What is pushed from now on waits for the next run, unless its model is still to come.
         end = self._ticket
         results: dict[str, Requests] = {}
@@ -324,19 +325,3 @@ def choose(tickets: Mapping[str, int], seconds: Mapping[str, float], left: float
 
 def _ticket(model: _Model) -> int:
     return next(iter(model.queue.values()))[0]
-
-
-def _check_infer(infer: Any) -> None:
-    if not isinstance(infer, MemoizingInferer):
-        expected = "what jh.memoizing_inferer makes"
-        raise TypeError(explain("infer", seen=a_type(infer), expected=expected))
-
-
-def _checked(milliseconds: float) -> float:
-    expected = "a number of at least 0"
-    seen = f"{milliseconds!r} ({type(milliseconds).__name__})"
-    if isinstance(milliseconds, bool) or not isinstance(milliseconds, int | float):
-        raise TypeError(explain("milliseconds", seen=seen, expected=expected))
-    if not milliseconds >= 0:
-        raise ValueError(explain("milliseconds", seen=seen, expected=expected))
-    return milliseconds

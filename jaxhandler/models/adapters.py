@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxhandler.errors import a_type, explain
 from jaxhandler.models.precision import keep_types
+from jaxhandler.trees import is_key
 
 __all__ = ["from_linen", "from_nnx"]
 
@@ -330,8 +331,7 @@ def _same_leaves(one: Any, other: Any) -> bool:
 
 
 def _typed(key: Any) -> Any:
-    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return key if is_typed else jax.random.wrap_key_data(key)
+    return key if is_key(key) else jax.random.wrap_key_data(key)
 
 
 def _keys_like(keys: Any, key: Any) -> Any:

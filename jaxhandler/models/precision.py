@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhandler.errors import explain
+from jaxhandler.errors import explain, form
+from jaxhandler.trees import is_key
 
 __all__ = ["cast", "keep_types"]
 
@@ -107,10 +108,9 @@ def keep_types(new: Any, old: Any, argument: str = "model_state") -> Any:
         seen, expected = jax.typeof(after), jax.typeof(before)
         if seen.shape != expected.shape or _kind(seen.dtype) != _kind(expected.dtype):
             where = jax.tree_util.keystr(path)
-            forms = {"seen": _form(seen), "expected": _form(expected)}
+            forms = {"seen": form(seen), "expected": form(expected)}
             raise ValueError(explain(argument, path=where, fix=fix, **forms))
-        is_key = jnp.issubdtype(expected.dtype, jax.dtypes.prng_key)
-        return after if is_key else jnp.asarray(after, expected.dtype)
+        return after if is_key(expected) else jnp.asarray(after, expected.dtype)
 
     return jax.tree_util.tree_map_with_path(keep, new, old)
 
@@ -144,7 +144,3 @@ def _check_dtype(argument: str, dtype: Any) -> Any:
 
 def _kind(dtype: Any) -> Any:
     return next((kind for kind in _KINDS if jnp.issubdtype(dtype, kind)), dtype)
-
-
-def _form(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import jaxhandler as jh
-from jaxhandler.checkpointing.leaves import is_key
 from jaxhandler.data.opening import database
 from jaxhandler.data.sinks import FORMATS
 from jaxhandler.data.splits import load_splits, save_splits
+from jaxhandler.trees import is_key
 from tests.faults.runs import SCENARIOS, results
 
 pytestmark = pytest.mark.usefixtures("compiled_soon")

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxhandler.data.buffers import aligned_empty
 from jaxhandler.data.readers.reader import Reader, Stored
-from jaxhandler.errors import a_type, explain
+from jaxhandler.errors import a_type, explain, form
 from jaxhandler.trees import leaves_with_paths
 
 __all__ = ["is_row_source", "rows_reader"]
@@ -71,7 +71,7 @@ def rows_reader(name: str, source: Any) -> Reader:
         for array, path, leaf, stored in zip(arrays, paths, leaves, specs, strict=True):
             value = _value(leaf)
             if value.shape != stored.shape[1:] or value.dtype != stored.dtype:
-                seen = f"{value.dtype}{list(value.shape)} in row {index}"
+                seen = f"{form(value)} in row {index}"
                 expected = f"{stored.dtype}{list(stored.shape[1:])} as in row 0"
                 raise ValueError(explain(name, path=path, seen=seen, expected=expected, fix=_FIX))
             array[position] = value
