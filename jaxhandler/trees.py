@@ -8,7 +8,15 @@ import numpy as np
 
 from jaxhandler.errors import a_type, check_count, explain
 
-__all__ = ["data_size", "is_key", "leaves_with_paths", "map_data", "ragged", "slice_data"]
+__all__ = [
+    "data_size",
+    "is_key",
+    "leaves_with_paths",
+    "map_data",
+    "on_host",
+    "ragged",
+    "slice_data",
+]
 
 
 def leaves_with_paths(
@@ -45,6 +53,11 @@ def is_key(leaf: Any) -> bool:
         and not isinstance(dtype, np.dtype)
         and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
     )
+
+
+def on_host(leaf: Any) -> bool:
+    """Returns whether NumPy holds a leaf, whose 64 bits JAX would cut to 32."""
+    return isinstance(leaf, np.ndarray | np.generic)
 
 
 def data_size(data: Any, *, argument: str = "data") -> int:

@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxhandler.assembly.evaluator import Evaluator, make_evaluator
-from jaxhandler.assembly.expressions import Applied, Expression, Truth, as_expression, walk
+from jaxhandler.assembly.expressions import (
+    Applied,
+    Expression,
+    Truth,
+    as_expression,
+    output_name,
+    walk,
+)
 from jaxhandler.assembly.metrics import Metrics, drawn_by, named_metrics
 from jaxhandler.assembly.model import Model, as_model
 from jaxhandler.assembly.needs import (
@@ -17,7 +24,6 @@ from jaxhandler.assembly.needs import (
     columns_of,
     find_needs,
     leaves_of,
-    output_name,
     outputs_in,
     targets_in,
 )

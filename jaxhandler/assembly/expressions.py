@@ -21,6 +21,7 @@ __all__ = [
     "as_expression",
     "check_name",
     "gradient",
+    "output_name",
     "pred",
     "true",
     "walk",
@@ -335,6 +336,11 @@ def check_name(argument: str, name: object) -> str:
     if not name:
         raise ValueError(explain(argument, seen="an empty string", expected="a name"))
     return name
+
+
+def output_name(part: Expression) -> str:
+    """Returns what an output is called in a dict of them: a gradient by its text."""
+    return part.name if isinstance(part, Prediction) else str(part)
 
 
 def _as_number(value: Any) -> Number | None:

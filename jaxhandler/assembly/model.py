@@ -15,6 +15,7 @@ from jaxhandler.assembly.expressions import (
     Reduced,
     Truth,
     check_name,
+    output_name,
     walk,
 )
 from jaxhandler.errors import a_type, explain
@@ -105,9 +106,7 @@ class Model:
             _check_output("expressions", part.name, [*outputs, *self.derived])
             return outputs[part.name]
 
-        return {
-            part.name if isinstance(part, Prediction) else str(part): leaf(part) for part in wanted
-        }
+        return {output_name(part): leaf(part) for part in wanted}
 
     def _leaves(self, wanted: Expression) -> set[Expression]:
         """Returns what the function itself must give for an output: its own, and gradients."""

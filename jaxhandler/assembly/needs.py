@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxhandler.assembly.computing import Leaf
-from jaxhandler.assembly.expressions import Expression, Gradient, Prediction, Truth, walk
+from jaxhandler.assembly.expressions import (
+    Expression,
+    Gradient,
+    Prediction,
+    Truth,
+    output_name,
+    walk,
+)
 from jaxhandler.assembly.model import Model
 from jaxhandler.data.database import Database
 from jaxhandler.data.packs import is_packed
@@ -22,7 +29,6 @@ __all__ = [
     "columns_of",
     "find_needs",
     "leaves_of",
-    "output_name",
     "outputs_in",
     "targets_in",
 ]
@@ -250,11 +256,6 @@ def targets_in(expressions: Iterable[Expression]) -> tuple[str, ...]:
         Each once.
     """
     return tuple(sorted({part.name for part in walk(*expressions) if isinstance(part, Truth)}))
-
-
-def output_name(part: Expression) -> str:
-    """Returns what an output is called in a dict of them: a gradient by its text."""
-    return part.name if isinstance(part, Prediction) else str(part)
 
 
 def leaves_of(outputs: Mapping[str, Any], columns: Mapping[str, Any]) -> Leaf:

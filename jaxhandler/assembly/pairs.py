@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,7 @@ class _Geometry:
         if there["pbc"] and not there["cell"] and self._any_repeats():
             missing = "cell"
         if missing:
-            seen = "the columns " + ", ".join(sorted(structures.columns))
-            expected = f"a column {names[missing]!r}"
-            fix = f"Add it, or say what it is called with columns={{{missing!r}: ...}}."
-            raise ValueError(explain("database", seen=seen, expected=expected, fix=fix))
+            raise _lacks(missing, names, structures.columns)
         shapes = {"positions": (3,), "cell": (3, 3), "pbc": (3,)}
         for part in self._parts:
             per, reader = structures.columns[names[part]]
@@ -194,10 +191,7 @@ def _names(columns: Mapping[str, str] | None) -> dict[str, str]:
 def _ragged(database: Database, names: Mapping[str, str], atom_columns: Any) -> AtomsDatabase:
     for part in ("positions", "numbers"):
         if names[part] not in database.specs:
-            seen = "the columns " + ", ".join(sorted(database.specs))
-            fix = f"Add it, or say what it is called with columns={{{part!r}: ...}}."
-            expected = f"a column {names[part]!r}"
-            raise ValueError(explain("database", seen=seen, expected=expected, fix=fix))
+            raise _lacks(part, names, database.specs)
     structures = dense_structures(
         database.source().read(0, database.num_rows),
         atom_columns=atom_columns,
@@ -206,6 +200,13 @@ def _ragged(database: Database, names: Mapping[str, str], atom_columns: Any) -> 
         name=database.name,
     )
     return structures_database(structures, database.splits, database.inputs, database.targets)
+
+
+def _lacks(part: str, names: Mapping[str, str], columns: Iterable[str]) -> ValueError:
+    seen = "the columns " + ", ".join(sorted(columns))
+    fix = f"Add it, or say what it is called with columns={{{part!r}: ...}}."
+    expected = f"a column {names[part]!r}"
+    return ValueError(explain("database", seen=seen, expected=expected, fix=fix))
 
 
 def _watched(

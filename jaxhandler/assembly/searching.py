@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from jaxhandler.assembly.neighbors import pair_finder, sorted_pairs
+from jaxhandler.data.writers.npy import write_header
 from jaxhandler.errors import explain
 
 __all__ = ["FoundPairs", "Piece", "search", "serve"]
@@ -142,8 +143,7 @@ def _ask(worker: "subprocess.Popen[bytes]", piece: Piece) -> list[np.ndarray]:
 
 def _send(file: IO[bytes], arrays: tuple[np.ndarray, ...]) -> None:
     for array in arrays:
-        description = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
-        np.lib.format.write_array_header_1_0(file, description)
+        write_header(file, array.shape, array.dtype)
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     file.flush()
 

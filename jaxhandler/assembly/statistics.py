@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxhandler.typing import Mean
 
-__all__ = ["MEAN", "MOMENTS", "RSQ", "Moments", "Statistic", "add_means"]
+__all__ = ["MEAN", "MOMENTS", "RSQ", "Moments", "Statistic"]
 
 
 class Statistic(NamedTuple):
@@ -38,7 +38,7 @@ class Moments(NamedTuple):
     rest: Any = 0.0
 
 
-def add_means(a: Mean, b: Mean) -> Mean:
+def _add_means(a: Mean, b: Mean) -> Mean:
     """Returns the mean over the entries of both."""
     return Mean(a.total + b.total, a.count + b.count)
 
@@ -100,6 +100,6 @@ def _ratio(xp: Any, total: Any, count: Any) -> Any:
     return xp.where(some, total / xp.where(some, count, 1), 0)
 
 
-MEAN = Statistic(_gather_mean, add_means, _finish_mean)
+MEAN = Statistic(_gather_mean, _add_means, _finish_mean)
 MOMENTS = Statistic(_gather_moments, _merge_moments, _finish_moments)
 RSQ = Statistic(_gather_rsq, _merge_moments, _finish_rsq)

@@ -130,7 +130,7 @@ class Commits:
         content: dict[str, Any],
         entries: dict[str, list[Entry]],
         arrays: Mapping[str, np.ndarray],
-        nodes: Mapping[str, Mapping[str, str]] | None = None,
+        nodes: Mapping[str, Mapping[str, str]],
     ) -> None:
         """Writes a commit and deletes those before the last `keep`.
 
@@ -150,7 +150,7 @@ class Commits:
             with blaming(partial):
                 partial.mkdir()
                 files = {ARRAYS: _write(partial / ARRAYS, arrays)}
-                trees = {"entries": entries, "nodes": dict(nodes or {})}
+                trees = {"entries": entries, "nodes": dict(nodes)}
                 body = {"content": content, **trees, "files": files}
                 publish(path, {"kind": _KIND, "layout": _LAYOUT, **body})
         except OSError:

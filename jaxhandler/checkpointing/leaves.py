@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler.errors import explain
-from jaxhandler.trees import is_key
+from jaxhandler.trees import is_key, on_host
 
 __all__ = [
     "Entry",
@@ -191,19 +191,15 @@ def _describe_entry(entry: Entry) -> str:
 
 def _check_width(dtype: np.dtype, like: Any, argument: str, path: str) -> None:
     """Refuses what JAX would narrow without a word: 64 bits where it has 32."""
-    if _on_host(like) or jax.dtypes.canonicalize_dtype(dtype) == dtype:
+    if on_host(like) or jax.dtypes.canonicalize_dtype(dtype) == dtype:
         return
     seen, expected = f"{dtype} without jax_enable_x64", "a dtype that JAX has now"
     fix = 'Call jax.config.update("jax_enable_x64", True) first, or put a NumPy array there.'
     raise ValueError(explain(argument, path=path, seen=seen, expected=expected, fix=fix))
 
 
-def _on_host(like: Any) -> bool:
-    return isinstance(like, np.ndarray | np.generic)
-
-
 def _typed(entry: Entry, array: np.ndarray, like: Any) -> Any:
-    if _on_host(like):
+    if on_host(like):
         return array.copy()
     sharding = getattr(like, "sharding", None) if getattr(like, "committed", True) else None
     if "impl" in entry:

@@ -1,14 +1,13 @@
 """Structures from ASE: `.xyz`, `.extxyz`, `.db` and `.traj` files, and lists of `Atoms`."""
 
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxhandler.data.columns import array_reader
+from jaxhandler.data.columns import array_reader, is_instance
 from jaxhandler.data.packs import PACK_COLUMNS
 from jaxhandler.data.readers.reader import is_damage
 from jaxhandler.data.structures import Column, Structures
@@ -39,7 +38,7 @@ def is_ase(data: Any) -> bool:
     if isinstance(data, str | os.PathLike):
         return Path(data).suffix in _ENDINGS
     several = isinstance(data, list | tuple) and bool(data)
-    return _is_atoms(data[0] if several else data)
+    return is_instance(data[0] if several else data, "ase", "Atoms")
 
 
 def read_ase(data: Any, *, argument: str = "data") -> Structures:
@@ -72,14 +71,14 @@ def read_ase(data: Any, *, argument: str = "data") -> Structures:
     """
     is_path = isinstance(data, str | os.PathLike)
     name = str(data) if is_path else argument
-    if _is_atoms(data):
+    if is_instance(data, "ase", "Atoms"):
         fix = "Write a list, [atoms] for a single one."
         raise TypeError(explain(name, seen=a_type(data), expected="a list of ase.Atoms", fix=fix))
     all_atoms = _read_file(Path(data), name) if is_path else enumerate(data)
     num_atoms: list[int] = []
     found: dict[str, _Values] = {}
     for row, atoms in all_atoms:
-        if not _is_atoms(atoms):
+        if not is_instance(atoms, "ase", "Atoms"):
             seen, expected = f"{type(atoms).__name__} as entry {row}", "ase.Atoms"
             raise TypeError(explain(name, seen=seen, expected=expected))
         if not len(atoms):
@@ -141,11 +140,6 @@ class _Values:
         whole = np.full((total, *values.shape[1:]), np.nan, dtype)
         whole[where] = values
         return whole
-
-
-def _is_atoms(value: Any) -> bool:
-    kind = getattr(sys.modules.get("ase"), "Atoms", None)  # Without ase there are none.
-    return kind is not None and isinstance(value, kind)
 
 
 def _read_file(path: Path, name: str) -> Iterator[tuple[int, Any]]:

@@ -1,6 +1,7 @@
 """One array of rows that is open already: in memory, on the device, behind anything that slices."""
 
 import mmap
+import sys
 from typing import Any
 
 import jax
@@ -10,7 +11,13 @@ from jaxhandler.data.readers.flat import check_length, take_rows
 from jaxhandler.data.readers.reader import Reader, Stored
 from jaxhandler.errors import a_type, explain, form
 
-__all__ = ["array_reader", "device_reader", "device_rows", "slicing_reader"]
+__all__ = ["array_reader", "device_reader", "device_rows", "is_instance", "slicing_reader"]
+
+
+def is_instance(leaf: Any, module: str, kind: str) -> bool:
+    """Returns whether `leaf` is of a library's class; its library need not be installed."""
+    found = getattr(sys.modules.get(module), kind, None)
+    return found is not None and isinstance(leaf, found)
 
 
 def array_reader(name: str, array: np.ndarray) -> Reader:

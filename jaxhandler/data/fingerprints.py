@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxhandler.checkpointing import identity
 from jaxhandler.data.combining import Source, form_of_rows
 from jaxhandler.data.stream import naming_rows
 from jaxhandler.errors import check_choice
@@ -15,8 +16,6 @@ from jaxhandler.trees import leaves_with_paths
 __all__ = ["EXTENTS", "fingerprint"]
 
 EXTENTS = ("auto", "full", "sampled", "none")
-_FULL = 10**9
-_SAMPLED = 64 * 2**20
 _PIECE = 2**20
 
 
@@ -48,8 +47,8 @@ def fingerprint(source: Source, extent: str = "auto") -> dict[str, Any]:
     per_row = sum(math.prod(spec.shape[1:]) * spec.dtype.itemsize for _, spec in leaves)
     rows = max(_PIECE // max(per_row, 1), 1)
     starts = range(0, source.num_rows, rows)
-    whole = extent == "full" or (extent == "auto" and source.num_rows * per_row <= _FULL)
-    most = max(_SAMPLED // max(rows * per_row, 1), 2)
+    whole = extent == "full" or (extent == "auto" and source.num_rows * per_row <= identity.FULL)
+    most = max(identity.SAMPLED // max(rows * per_row, 1), 2)
     if not whole and len(starts) > most:
         starts = [starts[place] for place in np.linspace(0, len(starts) - 1, most).astype(int)]
     if extent == "none":

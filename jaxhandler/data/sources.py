@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxhandler.data.columns import array_reader, device_reader, slicing_reader
+from jaxhandler.data.columns import array_reader, device_reader, is_instance, slicing_reader
 from jaxhandler.data.combining import Source, combine
 from jaxhandler.data.dtypes import check_dtype, check_fits, narrow
 from jaxhandler.data.readers.complete import check_complete
@@ -140,7 +139,7 @@ def open_source(
     )
 
 
-def resident_source(data: Any, *, argument: str = "data") -> Source:
+def resident_source(data: Any) -> Source:
     """Returns a source of rows that lie on the device already, read without a copy.
 
     On CPU a JAX array is host memory: rows are views of it. NumPy arrays are copied once, because
@@ -148,7 +147,6 @@ def resident_source(data: Any, *, argument: str = "data") -> Source:
 
     Args:
         data: Any pytree of JAX or NumPy arrays `[N, ...]`.
-        argument: How messages call `data`.
 
     Returns:
         A `Source`.
@@ -158,13 +156,13 @@ def resident_source(data: Any, *, argument: str = "data") -> Source:
         ValueError: If leaves disagree about `N`.
         OverflowError: If a 64-bit integer does not fit.
     """
-    return combine(data, argument, _open_resident)
+    return combine(data, "data", _open_resident)
 
 
 def _open_leaf(name: str, leaf: Any, policy: _Policy) -> Source:
     if isinstance(leaf, Source):
         return leaf
-    if is_spec(leaf) or is_url(leaf) or _is_instance(leaf, "tensorstore", "TensorStore"):
+    if is_spec(leaf) or is_url(leaf) or is_instance(leaf, "tensorstore", "TensorStore"):
         called = leaf if isinstance(leaf, str) else name
         reader = tensorstore_reader(called, leaf, policy.missing_chunks, policy.said)
         return _read_by(reader, policy)
@@ -176,9 +174,9 @@ def _open_leaf(name: str, leaf: Any, policy: _Policy) -> Source:
     if isinstance(leaf, np.ndarray):
         check_dtype(name, leaf, "allow")  # A mask would be lost.
         return _read_by(array_reader(name, leaf), policy)
-    if _is_instance(leaf, "h5py", "Dataset"):
+    if is_instance(leaf, "h5py", "Dataset"):
         return _read_by(dataset_reader(name, leaf, policy.missing_chunks, policy.said), policy)
-    if _is_instance(leaf, "zarr", "Array"):
+    if is_instance(leaf, "zarr", "Array"):
         return _read_by(zarr_array_reader(name, leaf, policy.missing_chunks, policy.said), policy)
     if all(hasattr(leaf, part) for part in ("shape", "dtype", "__getitem__")):
         return _read_by(slicing_reader(name, leaf), policy)
@@ -196,12 +194,6 @@ def _chosen(data: Any, columns: Collection[str] | None) -> Any:
     if columns is None or not named or not set(columns) <= set(data.keys()):
         return data
     return {name: data[name] for name in columns}
-
-
-def _is_instance(leaf: Any, module: str, kind: str) -> bool:
-    """Whether `leaf` is of a library's class; its library need not be installed."""
-    found = getattr(sys.modules.get(module), kind, None)
-    return found is not None and isinstance(leaf, found)
 
 
 def _open_path(path: Path, policy: _Policy) -> Source:

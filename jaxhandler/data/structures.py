@@ -129,11 +129,11 @@ class Structures:
             found[name] = reader.read(int(starts[start]), int(starts[stop]))
         return found
 
-    def pieces(self, num_bytes: int = _PIECE) -> Iterator[tuple[int, int]]:
-        """Yields ranges of structures, start and stop, whose columns take about so many bytes."""
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """Yields ranges of structures, start and stop, whose columns take about 32 MiB."""
         totals = {per: int(starts[-1]) for per, starts in self.starts.items()}
         size = sum(totals[per] * _row_bytes(reader) for per, reader in self.columns.values())
-        step = max(int(num_bytes * self.num_rows // max(size, 1)), 1)
+        step = max(int(_PIECE * self.num_rows // max(size, 1)), 1)
         for start in range(0, self.num_rows, step):
             yield start, min(start + step, self.num_rows)
 

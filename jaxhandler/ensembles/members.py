@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxhandler.errors import a_type, check_count, explain, form
-from jaxhandler.trees import is_key, leaves_with_paths
+from jaxhandler.trees import is_key, leaves_with_paths, on_host
 
 __all__ = [
     "ARRAYS",
@@ -18,7 +18,6 @@ __all__ = [
     "check_members",
     "init_members",
     "num_members",
-    "on_host",
     "replicate",
     "take_members",
 ]
@@ -208,11 +207,6 @@ def check_leaf(argument: str, path: str, leaf: Any) -> None:
         fix = "Keep what is not a number out of the tree, and close over it."
         forms = {"seen": a_type(leaf), "expected": "an array or a number"}
         raise TypeError(explain(argument, path=path, fix=fix, **forms))
-
-
-def on_host(leaf: Any) -> bool:
-    """Tells a leaf that NumPy holds, whose 64 bits JAX would cut to 32."""
-    return isinstance(leaf, np.ndarray | np.generic)
 
 
 def _each(tree: Any, host_fn: Callable[[Any], Any], device_fn: Callable[[list[Any]], Any]) -> Any:

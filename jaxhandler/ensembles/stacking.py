@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxhandler.ensembles.members import ARRAYS, check_leaf, num_members, on_host
+from jaxhandler.ensembles.members import ARRAYS, check_leaf, num_members
 from jaxhandler.errors import a_type, explain
-from jaxhandler.trees import is_key, leaves_with_paths
+from jaxhandler.trees import is_key, leaves_with_paths, on_host
 
 __all__ = ["stack", "unstack"]
 

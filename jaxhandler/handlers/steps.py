@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler.errors import a_type, explain, form
-from jaxhandler.handlers.digests import digest_jaxpr
+from jaxhandler.handlers.jaxprs import convolves, digest_jaxpr
 from jaxhandler.handlers.outputs import pack
 from jaxhandler.handlers.program import Program, TwoForms
 from jaxhandler.plans import compile_plan, signature
 from jaxhandler.trees import is_key, leaves_with_paths
 from jaxhandler.typing import Batch, Step
 
-__all__ = ["Keys", "Plans", "Traced", "convolves", "trace_step"]
+__all__ = ["Keys", "Plans", "Traced", "trace_step"]
 
 
 class Traced(NamedTuple):
@@ -98,28 +98,6 @@ def trace_step(
     types = structure, tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves)
     key = (step, program.tail, digested, lead, types, signature((consts, carry)))
     return program.traces.get(key, choose)
-
-
-def convolves(jaxpr: Any) -> bool:
-    """Returns whether a jaxpr, or one inside it, contains a convolution.
-
-    Args:
-        jaxpr: A `jax.core.ClosedJaxpr` or `jax.core.Jaxpr`.
-
-    Example:
-        >>> convolves(jax.make_jaxpr(jnp.sin)(1.0))
-        False
-    """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "conv_general_dilated":
-            return True
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            if (hasattr(value, "eqns") or hasattr(value, "jaxpr")) and convolves(value):
-                return True
-    return False
 
 
 class Keys:

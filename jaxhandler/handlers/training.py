@@ -10,8 +10,8 @@ import optax
 
 from jaxhandler.data.dtypes import check_leaf
 from jaxhandler.errors import a_type, explain
+from jaxhandler.handlers.jaxprs import convolves
 from jaxhandler.handlers.means import as_mean, merged
-from jaxhandler.handlers.steps import convolves
 from jaxhandler.trees import is_key, leaves_with_paths
 from jaxhandler.typing import Batch, Mean, RunReport, Step
 

@@ -80,13 +80,12 @@ def cast(
     return stateful if has_state else stateless
 
 
-def keep_types(new: Any, old: Any, argument: str = "model_state") -> Any:
+def keep_types(new: Any, old: Any) -> Any:
     """Returns the tree `new` with the dtypes of `old`, as the carry of a scan has to come back.
 
     Args:
         new: A tree of arrays.
         old: A tree of the same structure, leaf by leaf of the same shape and kind of number.
-        argument: How messages call the tree.
 
     Returns:
         A tree like `old` with the values of `new`, no leaf weakly typed.
@@ -102,14 +101,14 @@ def keep_types(new: Any, old: Any, argument: str = "model_state") -> Any:
     fix = "Let the model make all of its state when it is initialised, and keep its form."
     theirs, ours = jax.tree.structure(new), jax.tree.structure(old)
     if theirs != ours:
-        raise ValueError(explain(argument, seen=str(theirs), expected=str(ours), fix=fix))
+        raise ValueError(explain("model_state", seen=str(theirs), expected=str(ours), fix=fix))
 
     def keep(path: Any, after: Any, before: Any) -> Any:
         seen, expected = jax.typeof(after), jax.typeof(before)
         if seen.shape != expected.shape or _kind(seen.dtype) != _kind(expected.dtype):
             where = jax.tree_util.keystr(path)
             forms = {"seen": form(seen), "expected": form(expected)}
-            raise ValueError(explain(argument, path=where, fix=fix, **forms))
+            raise ValueError(explain("model_state", path=where, fix=fix, **forms))
         return after if is_key(expected) else jnp.asarray(after, expected.dtype)
 
     return jax.tree_util.tree_map_with_path(keep, new, old)

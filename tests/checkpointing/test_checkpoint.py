@@ -70,7 +70,7 @@ def test_no_state_where_there_is_no_commit(tmp_path):
 def test_a_state_of_64_bits_is_not_narrowed(tmp_path):
     entries, arrays = flatten({"n": np.int64(2**40 + 2)}, "state")
     with Commits(tmp_path, 2) as commits:
-        commits.add({}, {"state": entries}, arrays)
+        commits.add({}, {"state": entries}, arrays, {})
     with pytest.raises(ValueError, match=r"like\['n'\]: saw int64 without jax_enable_x64"):
         jh.load_state(tmp_path, like={"n": jax.ShapeDtypeStruct((), np.int64)})
     assert jh.load_state(tmp_path, like={"n": np.int64(0)})["n"] == 2**40 + 2

@@ -14,7 +14,7 @@ from jaxhandler.files import MANIFEST, read_manifest, write_manifest
 
 def add(commits: Commits, number: int) -> None:
     entries, arrays = flatten({"w": np.full(5, number, np.float32)}, "state")
-    commits.add({"number": number}, {"state": entries}, arrays)
+    commits.add({"number": number}, {"state": entries}, arrays, {})
 
 
 @pytest.fixture

@@ -140,8 +140,8 @@ def test_the_fields_are_all_that_a_run_is_stored_with(kept):
 
 @pytest.mark.parametrize("place", [0, 3 * 2**18 + 5, 6 * 2**18 - 1])
 def test_one_changed_value_is_refused_where_all_is_digested(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxhandler.data.fingerprints._FULL", 2**20)
-    monkeypatch.setattr("jaxhandler.data.fingerprints._SAMPLED", 2**21)
+    monkeypatch.setattr(identity, "FULL", 2**20)
+    monkeypatch.setattr(identity, "SAMPLED", 2**21)
     calc = jh.calculator(lambda params, x: x.sum(axis=1) * params, batch_size=2**18, mode="loop")
 
     def run(rows, extent):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxhandler.data import fingerprints
+from jaxhandler.checkpointing import identity
 from jaxhandler.data.fingerprints import fingerprint
 from jaxhandler.data.sources import open_source
 
@@ -36,8 +36,8 @@ def test_length_type_and_name_matter():
 
 
 def test_large_data_is_sampled_to_its_ends(monkeypatch):
-    monkeypatch.setattr(fingerprints, "_FULL", 2**20)
-    monkeypatch.setattr(fingerprints, "_SAMPLED", 2**21)
+    monkeypatch.setattr(identity, "FULL", 2**20)
+    monkeypatch.setattr(identity, "SAMPLED", 2**21)
     rows = np.zeros((64, 2**16), np.uint8)
     ends = [rows.copy(), rows.copy()]
     ends[0][0, 0], ends[1][-1, -1] = 1, 1

@@ -6,6 +6,8 @@ from types import TracebackType
 
 import numpy as np
 
+from jaxhandler.data.writers.npy import write_header
+
 __all__ = ["GrowingFile"]
 
 _PIECE = 2**20
@@ -48,7 +50,7 @@ class GrowingFile:
     def close(self) -> None:
         """Says in the header how many rows there are, and closes the file."""
         self._file.seek(0)
-        self._write_header()
+        write_header(self._file, (self._rows, *self._row_shape), self._dtype)
         self._file.close()
 
     def __enter__(self) -> "GrowingFile":
@@ -65,12 +67,7 @@ class GrowingFile:
     def _open(self, dtype: np.dtype) -> None:
         self._dtype, self._rows = dtype, 0
         self._file = open(self._path, "wb")  # noqa: SIM115
-        self._write_header()
-
-    def _write_header(self) -> None:
-        shape = (self._rows, *self._row_shape)
-        description = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file, description)
+        write_header(self._file, (0, *self._row_shape), dtype)
 
     def _widen(self, dtype: np.dtype) -> None:
         self.close()

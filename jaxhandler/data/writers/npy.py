@@ -3,7 +3,7 @@
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from jaxhandler.data.writers.format import (
 from jaxhandler.data.writers.raw import ArrayFile, changed
 from jaxhandler.errors import explain
 
-__all__ = ["NPY", "NPY_FOLDER"]
+__all__ = ["NPY", "NPY_FOLDER", "write_header"]
 
 
 def _check(output: Output) -> None:
@@ -51,8 +51,10 @@ class _NpyFiles:
         every = [None] * len(paths) if content is None else content
         for path, leaf, stripes in zip(paths, output.leaves, every, strict=True):
             dtype = np.dtype(leaf.dtype)
-            header = _header(leaf.shape, dtype)
-            self._files[path] = ArrayFile(path, leaf.shape, dtype, output.row_axis, header, stripes)
+            write_header(header := io.BytesIO(), leaf.shape, dtype)
+            self._files[path] = ArrayFile(
+                path, leaf.shape, dtype, output.row_axis, header.getvalue(), stripes
+            )
 
     def write(self, start: int, columns: list[list[np.ndarray]]) -> None:
         for file, arrays in zip(self._files.values(), columns, strict=True):
@@ -69,11 +71,10 @@ class _NpyFiles:
         pass
 
 
-def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    header = io.BytesIO()
+def write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Writes what a `.npy` file begins with: the header of an array in C order."""
     description = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, description)
-    return header.getvalue()
+    np.lib.format.write_array_header_1_0(file, description)
 
 
 NPY = Format(_check, _open, resume=_open)

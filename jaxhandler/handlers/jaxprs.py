@@ -1,4 +1,4 @@
-"""What tells that a step is the same: its jaxpr as text, and the numbers that it holds."""
+"""What the jaxpr of a step tells: whether it convolves, and whether it is that of another step."""
 
 import hashlib
 import re
@@ -9,10 +9,27 @@ import numpy as np
 
 from jaxhandler.trees import is_key
 
-__all__ = ["digest_jaxpr"]
+__all__ = ["convolves", "digest_jaxpr"]
 
 # Functions inside are printed with where they happened to lie in memory.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def convolves(jaxpr: Any) -> bool:
+    """Returns whether a jaxpr, or one inside it, contains a convolution.
+
+    Args:
+        jaxpr: A `jax.core.ClosedJaxpr` or `jax.core.Jaxpr`.
+
+    Example:
+        >>> convolves(jax.make_jaxpr(jax.numpy.sin)(1.0))
+        False
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return any(
+        equation.primitive.name == "conv_general_dilated" or any(map(convolves, _inside(equation)))
+        for equation in jaxpr.eqns
+    )
 
 
 def digest_jaxpr(jaxpr: Any) -> str:
@@ -46,12 +63,8 @@ def _add_numbers(digest: Any, jaxpr: Any) -> None:
         for operand in equation.invars:
             if hasattr(operand, "val"):
                 _add(digest, operand.val)
-        inside = jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns")
-        )
-        for value in inside:
-            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-                _add_numbers(digest, value)
+        for inner in _inside(equation):
+            _add_numbers(digest, inner)
 
 
 def _add(digest: Any, const: Any) -> None:
@@ -59,3 +72,10 @@ def _add(digest: Any, const: Any) -> None:
     digest.update(f"{array.dtype}{array.shape}".encode())
     if array.dtype != object:
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _inside(equation: Any) -> list[Any]:
+    """Returns the jaxprs that an equation has among its parameters, closed or not."""
+    values = list(equation.params.values())
+    found = jax.tree.leaves(values, is_leaf=lambda value: hasattr(value, "eqns"))
+    return [value for value in found if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
