@@ -6,29 +6,23 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from io import FileIO
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from zlib_ng.zlib_ng import crc32
-
+from jaxhandler.checksums import checksum
 from jaxhandler.errors import explain
 
 __all__ = [
-    "BLOCK",
     "MANIFEST",
-    "add_checksums",
-    "add_read",
     "atomic_write",
     "blaming",
-    "checksum",
-    "checksum_text",
-    "checksum_within",
+    "digest",
     "manifest_of",
     "partial_of",
     "private",
     "publish",
+    "read_hashed",
     "read_manifest",
     "recover",
     "remove",
@@ -36,12 +30,11 @@ __all__ = [
     "seal",
     "sync_file",
     "sync_folder",
+    "write_hashed",
     "write_manifest",
 ]
 
 MANIFEST = "manifest.json"
-BLOCK = 2**20
-"""Bytes that have a CRC-32 of their own."""
 _FORMAT, _DIGEST = "jaxhandler", "sha256"
 _LARGEST_MANIFEST = 64 * 2**20
 
@@ -127,69 +120,64 @@ def sync_folder(path: Path) -> None:
             os.close(handle)
 
 
-def checksum(path: str | os.PathLike[str]) -> str:
-    """Returns the CRC-32 of each MiB of a file in hexadecimal.
-
-    It finds what disks and networks do to files, for a quarter of what reading them from memory
-    takes; SHA-256 took longer than the disk did to write the file. Each MiB has its own, so that
-    who reads some rows need not read the others to know that these are whole.
+def write_hashed(path: Path, pieces: Iterable[Any], mode: int = 0o666) -> dict[str, Any]:
+    """Writes a new file piece by piece, and makes it last.
 
     Args:
-        path: The file.
+        path: Where; nothing may lie there.
+        pieces: Bytes, and what is to be seen as bytes.
+        mode: Who may read and write it, less what the process withholds.
 
     Returns:
-        8 hexadecimal digits for each MiB, at least 8.
+        What a manifest says of it: `bytes` and `sha256`.
 
     Raises:
-        OSError: If the file cannot be read.
+        OSError: If it cannot be written.
 
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "note.txt"
-        >>> _ = path.write_text("whole")
-        >>> checksum(path)
-        'c459294f'
+        >>> said = write_hashed(path, [b"who", b"le"])
+        >>> said["bytes"], read_hashed(path, said, expected="the note")
+        (5, b'whole')
     """
-    with open(path, "rb", buffering=0) as file:
-        return checksum_within(file, 0, os.fstat(file.fileno()).st_size)
+    hashed, size = hashlib.sha256(), 0
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        for piece in pieces:
+            view = memoryview(piece)
+            hashed.update(view)
+            size += len(view)
+            while view:
+                view = view[os.write(file, view) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+    return {"bytes": size, "sha256": hashed.hexdigest()}
 
 
-def checksum_within(file: FileIO, start: int, stop: int) -> str:
-    """Returns that of bytes `start` to `stop` of an open file, or of as many as there are."""
-    crcs: list[int] = []
-    add_read(crcs, file, start, stop)
-    return checksum_text(crcs)
-
-
-def add_read(crcs: list[int], file: FileIO, start: int, stop: int) -> None:
-    """As `add_checksums`, of bytes `start` to `stop` of an open file, if there are as many."""
-    piece = memoryview(bytearray(min(BLOCK, max(stop - start, 1))))
-    file.seek(start)
-    while start < stop and (count := file.readinto(piece[: stop - start])):
-        add_checksums(crcs, start, piece[:count])
-        start += count
-
-
-def add_checksums(crcs: list[int], position: int, view: memoryview) -> None:
-    """Continues the CRC-32 of each MiB by more bytes.
+def read_hashed(path: Path, said: Mapping[str, Any], *, expected: str, fix: str = "") -> bytes:
+    """Returns the content of a file, the very bytes that were compared.
 
     Args:
-        crcs: Those of the bytes before, the last one of a MiB that may go on; changed in place.
-        position: Where in the file the bytes lie: behind those before.
-        view: The bytes.
+        path: The file.
+        said: What the manifest says of it, as `write_hashed` gave it.
+        expected: What messages call the file that was written.
+        fix: What they advise.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it has another size or SHA-256.
     """
-    while len(view):
-        within = position % BLOCK
-        if not within or not crcs:
-            crcs.append(0)
-        piece = view[: BLOCK - within]
-        crcs[-1] = crc32(piece, crcs[-1])
-        position, view = position + len(piece), view[len(piece) :]
-
-
-def checksum_text(crcs: list[int]) -> str:
-    """Returns what `checksum` does, of CRC-32s that are known."""
-    return "".join(f"{crc:08x}" for crc in crcs or [0])
+    # First: what somebody has made longer than memory cannot be read.
+    if (size := path.stat().st_size) != said.get("bytes"):
+        seen = f"{size} bytes where the manifest says {said.get('bytes')}"
+        raise ValueError(explain(str(path), seen=seen, expected=expected, fix=fix))
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != said.get("sha256"):
+        seen = f"{len(data)} bytes of another SHA-256 than the manifest says"
+        raise ValueError(explain(str(path), seen=seen, expected=expected, fix=fix))
+    return data
 
 
 def seal(path: Path, known: Mapping[Path, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -260,7 +248,7 @@ def write_manifest(path: Path, content: dict[str, Any]) -> None:
     """
     with atomic_write(path) as fresh:
         said = {"format": _FORMAT, "version": 1, **content}
-        text = json.dumps({**said, _DIGEST: _digest(said)}, indent=1, sort_keys=True)
+        text = json.dumps({**said, _DIGEST: digest(said)}, indent=1, sort_keys=True)
         fresh.write_text(text + "\n", encoding="utf-8")
 
 
@@ -312,13 +300,14 @@ def read_manifest(
             raise ValueError(
                 explain(str(path), seen=f"the file {name!r}", expected=expected, fix=fix)
             )
-    if content.pop(_DIGEST, None) != _digest(content):
+    if content.pop(_DIGEST, None) != digest(content):
         seen, expected = "another SHA-256 than it says", "a manifest as it was written"
         raise ValueError(explain(str(path), seen=seen, expected=expected, fix=fix))
     return content
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def digest(content: Any) -> str:
+    """Returns the SHA-256 of what can be written as JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

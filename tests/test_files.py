@@ -1,14 +1,13 @@
 """Files that are whole or absent, and manifests that cannot mislead."""
 
+import hashlib
 import json
 import os
 import threading
-import zlib
 from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 
 from jaxhandler import files
@@ -103,41 +102,7 @@ def test_writers_at_the_same_time_do_not_mix(tmp_path):
     assert names(tmp_path) == ["note"]
 
 
-# checksum, seal
-
-
-@hypothesis.given(content=st.binary(max_size=1000))
-def test_the_checksum_is_crc_32(content, tmp_path_factory):
-    path = tmp_path_factory.mktemp("checksum") / "x"
-    path.write_bytes(content)
-    assert files.checksum(path) == f"{zlib.crc32(content):08x}"
-
-
-def test_each_mebibyte_has_a_checksum_of_its_own(tmp_path):
-    content = np.random.default_rng(0).bytes(2 * files.BLOCK + 7)
-    (tmp_path / "x").write_bytes(content)
-    parts = [content[start : start + files.BLOCK] for start in range(0, len(content), files.BLOCK)]
-    expected = "".join(f"{zlib.crc32(part):08x}" for part in parts)
-    assert files.checksum(tmp_path / "x") == expected
-    crcs: list[int] = []
-    for start, stop in ((0, 5), (5, files.BLOCK + 1), (files.BLOCK + 1, len(content))):
-        files.add_checksums(crcs, start, memoryview(content)[start:stop])
-    assert files.checksum_text(crcs) == expected
-
-
-def test_one_flipped_bit_changes_the_checksum(tmp_path):
-    path = tmp_path / "x"
-    path.write_bytes(b"\0" * 5_000_000)
-    before = files.checksum(path)
-    with open(path, "r+b") as file:
-        file.seek(4_000_000)
-        file.write(b"\1")
-    assert files.checksum(path) != before
-
-
-def test_the_checksum_of_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        files.checksum(tmp_path / "x")
+# seal
 
 
 def test_a_file_is_sealed_by_its_final_name(tmp_path):
@@ -162,6 +127,23 @@ def test_a_checksum_that_is_known_is_not_computed_again(tmp_path):
     partial.write_bytes(b"rows")
     known = {partial: {"crc32": "known", "layout": [[0, 1]]}}
     assert files.seal(tmp_path / "x.npy", known)["x.npy"] == {"bytes": 4, **known[partial]}
+
+
+# write_hashed, read_hashed
+
+
+def test_a_file_is_read_only_as_it_was_written(tmp_path):
+    path = tmp_path / "x"
+    said = files.write_hashed(path, [b"abc", memoryview(b"defg")], 0o600)
+    assert said == {"bytes": 7, "sha256": hashlib.sha256(b"abcdefg").hexdigest()}
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert files.read_hashed(path, said, expected="the file") == b"abcdefg"
+    for content, seen in ((b"abcdefG", "7 bytes of another SHA-256"), (b"abc", "3 bytes where")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path}: saw {seen}.*expected the file. Mend it."):
+            files.read_hashed(path, said, expected="the file", fix="Mend it.")
+    with pytest.raises(FileExistsError):
+        files.write_hashed(path, [b"abc"])
 
 
 # Manifests

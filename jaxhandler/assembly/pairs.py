@@ -14,6 +14,7 @@ import numpy as np
 from jaxhandler import files
 from jaxhandler.assembly.neighbors import check_cutoff, check_structures
 from jaxhandler.assembly.searching import FoundPairs, Piece, search
+from jaxhandler.checksums import checksum
 from jaxhandler.data.atoms import AtomsDatabase, structures_database
 from jaxhandler.data.columns import array_reader
 from jaxhandler.data.database import Database
@@ -279,7 +280,7 @@ def _check_same(path: Path, geometry: _Geometry, cutoff: float, digests: Mapping
         file = path / name
         found = {}
         if file.exists():
-            found = {"bytes": file.stat().st_size, "crc32": files.checksum(file)}
+            found = {"bytes": file.stat().st_size, "crc32": checksum(file)}
         if found != entry:
             text = explain(
                 str(file), seen=f"{found or 'no such file'}", expected=str(entry), fix=fix

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,16 @@ import numpy as np
 
 from jaxhandler.checkpointing.leaves import Entry, restore, stored
 from jaxhandler.errors import explain, warn
-from jaxhandler.files import MANIFEST, blaming, partial_of, publish, read_manifest, remove
+from jaxhandler.files import (
+    MANIFEST,
+    blaming,
+    partial_of,
+    publish,
+    read_hashed,
+    read_manifest,
+    remove,
+    write_hashed,
+)
 from jaxhandler.tensors import decode, encode
 
 __all__ = ["ARRAYS", "LOCK", "Commit", "Commits", "commits_in"]
@@ -149,7 +157,7 @@ class Commits:
         try:
             with blaming(partial):
                 partial.mkdir()
-                files = {ARRAYS: _write(partial / ARRAYS, arrays)}
+                files = {ARRAYS: write_hashed(partial / ARRAYS, encode(arrays))}
                 trees = {"entries": entries, "nodes": dict(nodes)}
                 body = {"content": content, **trees, "files": files}
                 publish(path, {"kind": _KIND, "layout": _LAYOUT, **body})
@@ -203,22 +211,6 @@ def _in_use(folder: Path) -> BlockingIOError:
     return BlockingIOError(errno.EWOULDBLOCK, text)
 
 
-def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        for piece in encode(arrays):
-            view = memoryview(piece)
-            digest.update(view)
-            size += len(view)
-            while view:
-                view = view[os.write(file, view) :]
-        os.fsync(file)
-    finally:
-        os.close(file)
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
 def _read(path: Path) -> Commit:
     name = path / MANIFEST
     manifest = read_manifest(name, fix=_FIX)
@@ -233,18 +225,12 @@ def _read(path: Path) -> Commit:
             raise TypeError("what is no dictionary")
         kinds = [kind for each in entries.values() for kind in stored(each)]
         names = [str(name) for name, _, _ in kinds]
-        size, sha256 = (manifest["files"][ARRAYS][said] for said in ("bytes", "sha256"))
+        said = {part: manifest["files"][ARRAYS][part] for part in ("bytes", "sha256")}
     except (AttributeError, KeyError, TypeError) as error:
         seen = f"parts that make no sense ({error!r})"
         raise _damaged(name, seen, "those of a commit") from error
     file = path / ARRAYS
-    expected = f"the {size} bytes that were written"
-    # First: what somebody has made longer than memory cannot be read.
-    if (there := file.stat().st_size) != size:
-        raise _damaged(file, f"{there} bytes", expected)
-    data = file.read_bytes()
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise _damaged(file, f"{len(data)} bytes of another SHA-256", expected)
+    data = read_hashed(file, said, expected="what was written", fix=_FIX)
     arrays = decode(data, kinds, str(file))
     return Commit(path, content, entries, dict(zip(names, arrays, strict=True)), nodes)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler import files
+from jaxhandler.checksums import checksum
 from jaxhandler.data.buffers import aligned_empty
 from jaxhandler.data.sources import open_source
 from jaxhandler.data.writers.arrow import ARROW, PARQUET
@@ -344,7 +345,7 @@ class FileSink:
             return False
         for name, entry in manifest["files"].items():
             file = path / name if path.is_dir() else path
-            if not file.is_file() or files.checksum(file) != entry["crc32"]:
+            if not file.is_file() or checksum(file) != entry["crc32"]:
                 seen = "other bytes" if file.is_file() else "no such file"
                 fix = "Delete the output and the checkpoint to compute it again."
                 expected = "what the run wrote"

@@ -1,7 +1,5 @@
 """Artifacts: a folder that holds a model as StableHLO, its parameters, and how it is served."""
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler.errors import explain, extra
-from jaxhandler.files import MANIFEST, partial_of, private, publish, read_manifest, recover, remove
+from jaxhandler.files import (
+    MANIFEST,
+    digest,
+    partial_of,
+    publish,
+    read_hashed,
+    read_manifest,
+    recover,
+    remove,
+    write_hashed,
+)
 from jaxhandler.inference.engine import Engine
 from jaxhandler.inference.exporting import Model, as_numbers, exported_model
 from jaxhandler.inference.policies import Policy, from_spec
@@ -27,6 +35,8 @@ __all__ = ["MODEL", "PARAMS", "Artifact", "describe", "load", "read_files", "sav
 MODEL, PARAMS = "model.jax_export", "params.safetensors"
 _KIND, _VERSION = "inferer", 1
 _TREES = ("params", "inputs", "outputs")
+_EXPECTED = "what infer.save wrote"
+_FIX = "It was damaged or changed; save the inferer again."
 
 
 class Artifact(NamedTuple):
@@ -106,8 +116,8 @@ def save(engine: Engine, params: Any, directory: str | os.PathLike[str]) -> None
     remove(partial)
     partial.mkdir(mode=0o700, parents=True)
     files = {
-        MODEL: _write(partial / MODEL, [exported.serialize()]),
-        PARAMS: _write(partial / PARAMS, encode(arrays)),
+        MODEL: write_hashed(partial / MODEL, [exported.serialize()], 0o600),
+        PARAMS: write_hashed(partial / PARAMS, encode(arrays), 0o600),
     }
     publish(path, {"kind": _KIND, "layout": _VERSION, "settings": settings, "files": files})
 
@@ -219,7 +229,7 @@ def load(directory: str | os.PathLike[str]) -> Artifact:
         row_axis=(before, after),
         policy=policy,
         settings=settings,
-        digest=_digest([model, *(settings[name] for name in _TREES)]),
+        digest=digest([model, *(settings[name] for name in _TREES)]),
         params_digest=settings["files"][PARAMS]["sha256"],
     )
 
@@ -262,37 +272,14 @@ def _manifest(path: Path) -> dict[str, Any] | None:
     return manifest if manifest is not None and manifest.get("kind") == _KIND else None
 
 
-def _write(path: Path, pieces: Iterable[Any]) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    with open(path, "xb", opener=private) as file:
-        for piece in pieces:
-            file.write(piece)
-            digest.update(piece)
-            size += len(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _verified(path: Path, entry: Mapping[str, Any]) -> bytes:
+def _verified(path: Path, said: Mapping[str, Any]) -> bytes:
     try:
-        # First: what somebody has made longer than memory cannot be read.
-        if (size := path.stat().st_size) != entry.get("bytes"):
-            raise _damaged(path, f"{size} bytes where the manifest says {entry.get('bytes')}")
-        data = path.read_bytes()
+        return read_hashed(path, said, expected=_EXPECTED, fix=_FIX)
     except FileNotFoundError as error:
         fix = "Copy the whole folder, or save the inferer again."
         text = explain(str(path), seen="no such file", expected="a file of the artifact", fix=fix)
         raise FileNotFoundError(text) from error
-    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
-        raise _damaged(path, f"{len(data)} bytes of another SHA-256 than the manifest says")
-    return data
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _damaged(path: Path, seen: str) -> ValueError:
-    fix = "It was damaged or changed; save the inferer again."
-    return ValueError(explain(str(path), seen=seen, expected="what infer.save wrote", fix=fix))
+    return ValueError(explain(str(path), seen=seen, expected=_EXPECTED, fix=_FIX))

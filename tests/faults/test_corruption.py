@@ -316,7 +316,7 @@ def undetected(kind: Written, folder: Path, most: int) -> list[str]:
 def test_no_damage_goes_undetected(
     name: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jaxhandler.files.BLOCK", BLOCK)
+    monkeypatch.setattr("jaxhandler.checksums.BLOCK", BLOCK)
     work = tmp_path / "work"
     work.mkdir()
     WRITTEN[name].write(work)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxhandler import files
+from jaxhandler import checksums
 from jaxhandler.errors import explain
 
 __all__ = ["FOREIGN", "Intact", "rows_of"]
@@ -80,7 +80,7 @@ class Intact:
         size: int = entry["bytes"]
         stop = size if stop is None else min(stop, size)
         if start < stop:
-            numbers = np.arange(start // files.BLOCK, -(-stop // files.BLOCK))
+            numbers = np.arange(start // checksums.BLOCK, -(-stop // checksums.BLOCK))
             self._compare(path, entry, numbers, rows, (start, held or memoryview(b"")))
 
     def check_rows(
@@ -92,9 +92,9 @@ class Intact:
             return
         starts = offset + (indices.astype(np.int64) - first) * row_bytes
         # Where the needed MiB begin and end, summed up.
-        edges = np.zeros(-(-entry["bytes"] // files.BLOCK) + 1, np.int64)
-        np.add.at(edges, starts // files.BLOCK, 1)
-        np.add.at(edges, -(-(starts + row_bytes) // files.BLOCK), -1)
+        edges = np.zeros(-(-entry["bytes"] // checksums.BLOCK) + 1, np.int64)
+        np.add.at(edges, starts // checksums.BLOCK, 1)
+        np.add.at(edges, -(-(starts + row_bytes) // checksums.BLOCK), -1)
         numbers = np.flatnonzero(np.cumsum(edges[:-1]))
         self._compare(path, entry, numbers, rows_of(offset, row_bytes, first))
 
@@ -126,7 +126,7 @@ class Intact:
             return
         with open(path, "rb", buffering=0) as file:
             for number in numbers.tolist():
-                start, stop = number * files.BLOCK, min((number + 1) * files.BLOCK, size)
+                start, stop = number * checksums.BLOCK, min((number + 1) * checksums.BLOCK, size)
                 if _checksum(file, start, stop, *held) != text[8 * number : 8 * number + 8]:
                     where = f"bytes {start} to {stop}"
                     if rows is not None:
@@ -148,10 +148,10 @@ def _checksum(file: FileIO, start: int, stop: int, begin: int, held: memoryview)
     low, high = max(start, begin), min(stop, begin + len(held))
     if low >= high:
         low = high = stop
-    files.add_read(crcs, file, start, low)
-    files.add_checksums(crcs, low, held[low - begin : high - begin])
-    files.add_read(crcs, file, high, stop)
-    return files.checksum_text(crcs)
+    checksums.add_read(crcs, file, start, low)
+    checksums.add_checksums(crcs, low, held[low - begin : high - begin])
+    checksums.add_read(crcs, file, high, stop)
+    return checksums.checksum_text(crcs)
 
 
 def _seen_of(path: Path | str, blocks: int) -> np.ndarray:

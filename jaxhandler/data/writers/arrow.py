@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from jaxhandler.checksums import add_checksums, checksum_text
 from jaxhandler.data.writers.format import (
     Format,
     Leaf,
@@ -19,7 +20,6 @@ from jaxhandler.data.writers.format import (
 )
 from jaxhandler.data.writers.raw import opened, reserve, write_all
 from jaxhandler.errors import explain, extra
-from jaxhandler.files import add_checksums, checksum_text
 
 __all__ = ["ARROW", "PARQUET"]
 

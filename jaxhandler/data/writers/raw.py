@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from jaxhandler.checksums import add_checksums, checksum_text, checksum_within
 from jaxhandler.errors import explain
-from jaxhandler.files import add_checksums, blaming, checksum_text, checksum_within
+from jaxhandler.files import blaming
 
 __all__ = [
     "ArrayFile",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxhandler.checksums import checksum
 from jaxhandler.data.writers.format import (
     Format,
     Leaf,
@@ -18,7 +19,7 @@ from jaxhandler.data.writers.format import (
 )
 from jaxhandler.data.writers.raw import ArrayFile, Stripes, changed, check_stripes
 from jaxhandler.errors import extra
-from jaxhandler.files import MANIFEST, checksum
+from jaxhandler.files import MANIFEST
 
 __all__ = ["ZARR"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxhandler as jh
-from jaxhandler import files
+from jaxhandler import checksums, files
 from jaxhandler.data.readers import intact
 from jaxhandler.data.readers.intact import Intact, rows_of
 
@@ -20,7 +20,7 @@ ROWS = np.arange(1000 * 4, dtype=np.float32).reshape(1000, 4)
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("jaxhandler.files.BLOCK", BLOCK)
+    monkeypatch.setattr("jaxhandler.checksums.BLOCK", BLOCK)
     jh.copy_rows(ROWS, tmp_path / "x.npy")
     return tmp_path / "x.npy"
 
@@ -102,9 +102,9 @@ def test_a_file_that_was_written_anew_since_is_refused(path: Path) -> None:
 def test_scattered_rows_need_the_blocks_that_they_lie_in(
     offset: int, row_bytes: int, tmp_path: Path, compared: list[int], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("jaxhandler.files.BLOCK", BLOCK)
+    monkeypatch.setattr("jaxhandler.checksums.BLOCK", BLOCK)
     (tmp_path / "x").write_bytes(bytes(offset + 9 * row_bytes))
-    entry = {"bytes": offset + 9 * row_bytes, "crc32": files.checksum(tmp_path / "x")}
+    entry = {"bytes": offset + 9 * row_bytes, "crc32": checksums.checksum(tmp_path / "x")}
     output, indices = Intact(tmp_path, {"x": entry}), np.array([12, 4, 10])
     compared.clear()
     output.check_rows(tmp_path / "x", offset, row_bytes, 4, indices)
@@ -126,13 +126,13 @@ def test_rows_of_bytes_are_those_that_lie_in_them_wholly_or_not() -> None:
 
 
 def test_rows_far_behind_are_found_by_numbers_of_32_bits(tmp_path: Path) -> None:
-    path, row = tmp_path / "x", files.BLOCK
+    path, row = tmp_path / "x", checksums.BLOCK
     with open(path, "wb") as file:
         file.truncate(3000 * row)
         # Without a row of its own on the disk, but for this one.
         file.seek(2500 * row)
         file.write(b"1")
-    empty = files.checksum_text([zlib.crc32(bytes(row))])
+    empty = checksums.checksum_text([zlib.crc32(bytes(row))])
     entry = {"bytes": 3000 * row, "crc32": empty * 3000}
     held = Intact(tmp_path, {"x": entry})
     held.check_rows(path, 0, row, 0, np.array([2, 2501, 2999], np.int32))
