@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from jaxhandler.assembly.routines import FitResult as FitResult
     from jaxhandler.assembly.routines import fit as fit
     from jaxhandler.data.atoms import AtomsDatabase as AtomsDatabase
+    from jaxhandler.data.concatenating import concatenate as concatenate
     from jaxhandler.data.database import Database as Database
     from jaxhandler.data.opening import database as database
     from jaxhandler.data.packs import PackedSource as PackedSource
@@ -122,6 +123,7 @@ else:
         "assembly.plot_maker": "PlotMaker plot_maker",
         "assembly.routines": "FitResult fit",
         "data.atoms": "AtomsDatabase",
+        "data.concatenating": "concatenate",
         "data.database": "Database",
         "data.opening": "database",
         "data.packs": "PackedSource",
@@ -223,6 +225,7 @@ __all__ = [
     "check_isolation",
     "check_row_independence",
     "checkpoint",
+    "concatenate",
     "controllers",
     "copy_rows",
     "data_size",

@@ -1,11 +1,13 @@
 """One form for every message: what was given, what was seen, what was expected, what to do."""
 
+import contextlib
 import importlib
 import inspect
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 __all__ = [
@@ -22,8 +24,12 @@ __all__ = [
     "explain",
     "extra",
     "form",
+    "heard",
     "warn",
 ]
+
+# What has been said before, and what is said now.
+_heard: ContextVar[tuple[set[str], set[str]] | None] = ContextVar("heard", default=None)
 
 
 class DeviceMemoryError(MemoryError):
@@ -242,10 +248,40 @@ def warn(text: str) -> None:
     Args:
         text: What `explain` made.
     """
+    said, what = _heard.get(), text.partition(": ")[2] or text
+    if said is not None:
+        said[1].add(what)
+        if what in said[0]:
+            return
     level, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").startswith("jax"):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
+
+
+@contextlib.contextmanager
+def heard(said: set[str]) -> Iterator[None]:
+    """Leaves out warnings that earlier blocks gave of something else: one of many files, perhaps.
+
+    Args:
+        said: What earlier blocks warned of, without the names; it grows when this one ends.
+
+    Example:
+        >>> said = set()
+        >>> with warnings.catch_warnings(record=True, action="always") as given:
+        ...     for name in ("a.npy", "b.npy"):
+        ...         with heard(said):
+        ...             warn(f"{name}: saw float64, expected float32.")
+        >>> [str(each.message) for each in given]
+        ['a.npy: saw float64, expected float32.']
+    """
+    now: set[str] = set()
+    token = _heard.set((said, now))
+    try:
+        yield
+    finally:
+        _heard.reset(token)
+        said |= now
 
 
 def extra(module: str, argument: str, name: str = "io") -> Any:

@@ -1,6 +1,7 @@
 """Rows of pytrees: how many there are, a function on each leaf, a block of rows."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from jaxhandler.errors import a_type, check_count, explain
 
 __all__ = [
+    "counted",
     "data_size",
     "is_key",
     "leaves_with_paths",
@@ -17,6 +19,8 @@ __all__ = [
     "ragged",
     "slice_data",
 ]
+
+_NUMBERED = re.compile(r"(.*?)(\d+)((?:-of-\d+)?\D*)")
 
 
 def leaves_with_paths(
@@ -104,8 +108,43 @@ def data_size(data: Any, *, argument: str = "data") -> int:
     if len({size for _, size in sizes}) > 1:
         seen = ", ".join(f"{size} rows in {argument}{path}" for path, size in sizes)
         fix = "Cut the longer leaves, or repair the shorter ones."
+        if counted(leaves):
+            fix = (
+                "They look like parts of one column; if so, pass jh.concatenate([...]) of them, "
+                "else repair the shorter ones."
+            )
         raise ValueError(explain(argument, seen=seen, expected="one number of rows", fix=fix))
     return sizes[0][1]
+
+
+def counted(leaves: Sequence[tuple[str, Any]]) -> bool:
+    """Returns whether leaves look like parts of one column rather than like columns.
+
+    Args:
+        leaves: Leaves `[n, ...]`, each with its path.
+
+    Returns:
+        Whether their paths end in numbers, and those that differ in nothing else are several, count
+        without a gap, and have rows of one shape and dtype.
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.zeros((5, 2))
+        >>> counted([("['x_08']", x), ("['x_09']", x[:3])]), counted([("['x']", x), ("['y']", x)])
+        (True, False)
+    """
+    columns: dict[tuple[str, str], tuple[list[int], set[Any]]] = {}
+    for path, leaf in leaves:
+        match = _NUMBERED.fullmatch(path)
+        if match is None:
+            return False
+        numbers, rows = columns.setdefault((match[1], match[3]), ([], set()))
+        numbers.append(int(match[2]))
+        rows.add((tuple(leaf.shape[1:]), getattr(leaf, "dtype", None)))
+    return bool(columns) and all(
+        len(rows) == 1 < len(numbers) and max(numbers) - min(numbers) == len(set(numbers)) - 1
+        for numbers, rows in columns.values()
+    )
 
 
 def map_data(fn: Callable[..., Any], data: Any, aux: Any = None) -> Any:

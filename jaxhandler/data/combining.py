@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxhandler.data.filling import Filling, fill
 from jaxhandler.data.readers.tensorstore import is_spec
 from jaxhandler.trees import data_size, leaves_with_paths
 
@@ -33,6 +35,8 @@ class Source:
         columns: `columns(names)` gives a source of a dict of these top-level columns, which reads
             no others; None where there are none, or rows come whole.
         costly: Whether a row costs much more than its bytes: none should be read in vain.
+        files: The files and folders that rows are read from, as far as they are known: no output
+            may replace one.
 
     Example:
         >>> import jaxhandler as jh
@@ -54,6 +58,7 @@ class Source:
     name: str = "data"
     columns: Callable[[Sequence[str]], "Source"] | None = None
     costly: bool = False
+    files: tuple[Path, ...] = ()
 
     def __repr__(self) -> str:
         return f"Source({self.num_rows:,} rows, {described(self.specs)})"
@@ -116,6 +121,10 @@ def _joined(parts: list[Source], structure: Any, name: str) -> Source:
     def read(start: int, stop: int) -> Any:
         return structure.unflatten([part.read(start, stop) for part in parts])
 
+    def into(start: int, stop: int, out: Any) -> None:
+        for part, rows in zip(parts, structure.flatten_up_to(out), strict=True):
+            fill(part.read, start, stop, rows)
+
     def take(indices: np.ndarray) -> Any:
         return structure.unflatten([part.take(indices) for part in parts if part.take])
 
@@ -135,13 +144,14 @@ def _joined(parts: list[Source], structure: Any, name: str) -> Source:
     return Source(
         num_rows,
         specs,
-        read,
+        Filling(read, into),
         take if scattered else None,
         check,
         borrow if lent else None,
         name,
         columns if isinstance(specs, dict) else None,
         any(part.costly for part in parts),
+        tuple(file for part in parts for file in part.files),
     )
 
 

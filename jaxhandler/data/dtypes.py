@@ -105,9 +105,13 @@ def check_fits(
 
 
 def narrow(
-    name: str, array: np.ndarray, target: np.dtype, rows: int | np.ndarray | None = 0
+    name: str,
+    array: np.ndarray,
+    target: np.dtype,
+    rows: int | np.ndarray | None = 0,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Returns fresh memory that holds `array` as `target`, refusing values that do not fit.
+    """Returns memory that holds `array` as `target`, refusing values that do not fit.
 
     Args:
         name: Argument and path of the leaf, for messages.
@@ -115,16 +119,21 @@ def narrow(
         target: The dtype they will have.
         rows: The source's number of the first row, or of every row, for messages; None where
             values lie in no rows.
+        out: Where it shall be, of dtype `target`; None for fresh memory.
 
     Returns:
-        A new array of dtype `target`.
+        An array of dtype `target`.
 
     Raises:
         OverflowError: If an integer does not fit, or a finite float becomes infinite.
     """
     check_fits(name, array, target, rows)
     with np.errstate(over="ignore"):
-        narrowed = aligned_copy(array, target)
+        if out is None:
+            narrowed = aligned_copy(array, target)
+        else:
+            narrowed = out
+            np.copyto(out, array, casting="unsafe")
     _check_finite(name, array, narrowed, rows)
     return narrowed
 

@@ -57,6 +57,7 @@ class PackedSource(Source):
         name: How messages call it.
         columns: `columns(names)` gives the same packs with some of the columns.
         costly: Whether a row costs much more than its bytes.
+        files: Of what the structures come from, as far as they are known.
         structures: Where they come from.
         packs: Which structure lies in which pack.
         packing: The sizes of packs.

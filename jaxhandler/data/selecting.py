@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxhandler.data.buffers import aligned_empty
 from jaxhandler.data.combining import Source
+from jaxhandler.data.filling import empty_rows, resized
 from jaxhandler.data.sizing import row_bytes
 
 __all__ = ["select_columns", "select_rows"]
@@ -39,7 +39,7 @@ def select_columns(source: Source, names: Sequence[str]) -> Source:
         Source(5 rows, ['y'] bool[N])
     """
     if source.columns is not None:
-        return source.columns(names)
+        return dataclasses.replace(source.columns(names), files=source.files)
     kept = lambda rows: {name: rows[name] for name in names}  # noqa: E731
     read, take, borrow = source.read, source.take, source.borrow
     return dataclasses.replace(
@@ -81,7 +81,7 @@ def select_rows(source: Source, rows: np.ndarray) -> Source:
     return dataclasses.replace(
         source,
         num_rows=count,
-        specs=jax.tree.map(lambda spec: _resized(spec, count), source.specs),
+        specs=resized(source.specs, count),
         read=shifted(source.read) if follow else _scattered_read(source, rows),
         take=None if take is None else lambda indices: take(rows[indices]),
         borrow=shifted(source.borrow) if follow and source.borrow else None,
@@ -105,7 +105,7 @@ def _scattered_read(source: Source, rows: np.ndarray) -> Callable[[int, int], An
             return source.take(wanted)
         # Views do where there are any: what is wanted is copied out of them.
         lent = source.borrow or source.read
-        out = jax.tree.map(lambda spec: _empty(spec, len(wanted)), source.specs)
+        out = empty_rows(source.specs, len(wanted))
         for low, high in _pieces(wanted, edges, piece):
             begin, end = int(wanted[low]), int(wanted[high - 1]) + 1
             _put(out, lent(begin, end), slice(low, high), wanted[low:high] - begin)
@@ -128,11 +128,3 @@ def _put(out: Any, block: Any, where: slice, which: np.ndarray) -> None:
     for target, rows in zip(jax.tree.leaves(out), jax.tree.leaves(block), strict=True):
         # "raise" would buffer the output.
         np.take(np.asarray(rows), which, axis=0, out=target[where], mode="clip")
-
-
-def _empty(spec: Any, count: int) -> np.ndarray:
-    return aligned_empty((count, *spec.shape[1:]), np.dtype(spec.dtype))
-
-
-def _resized(spec: Any, count: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((count, *spec.shape[1:]), spec.dtype)

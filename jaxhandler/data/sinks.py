@@ -13,6 +13,7 @@ import numpy as np
 from jaxhandler import files
 from jaxhandler.checksums import checksum
 from jaxhandler.data.buffers import aligned_empty
+from jaxhandler.data.origins import check_not_read
 from jaxhandler.data.sources import open_source
 from jaxhandler.data.writers.arrow import ARROW, PARQUET
 from jaxhandler.data.writers.format import Format, Resumable, Writer, describe
@@ -105,8 +106,9 @@ def check_sink(out: Any, data: Any = None, *, argument: str = "out") -> None:
 
     Args:
         out: As in `open_sink`.
-        data: What is read meanwhile, as `open_source` takes it: a file among the columns of a
-            folder would be one more column the next time.
+        data: What is read meanwhile, as `open_source` takes it: what is read would be gone when
+            the output is whole, and a file among the columns of a folder would be one more column
+            the next time.
         argument: How messages call `out`.
 
     Raises:
@@ -115,7 +117,8 @@ def check_sink(out: Any, data: Any = None, *, argument: str = "out") -> None:
             shall be.
         ImportError: If its format needs a library that is not installed.
         TypeError: If it is no path.
-        ValueError: If its ending is not known, or it lies among the columns of `data`.
+        ValueError: If its ending is not known, or it is what `data` is read from, by whatever name,
+            or lies among the columns of `data`.
     """
     if out is None:
         return
@@ -137,12 +140,7 @@ def check_sink(out: Any, data: Any = None, *, argument: str = "out") -> None:
         if not _replaceable(place, folder=form.folder):
             text = f"{argument}: no earlier run wrote {place}. Name another, or delete it."
             raise FileExistsError(text)
-    for leaf in jax.tree.leaves(data) if path.suffix in _COLUMNS else ():
-        among = isinstance(leaf, str | os.PathLike) and Path(leaf).is_dir()
-        if among and path.parent.samefile(leaf):
-            fix = "Write elsewhere, or name the columns to read one by one."
-            seen, expected = f"{path} in {leaf}", "a place outside the folder that is read"
-            raise ValueError(explain(argument, seen=seen, expected=expected, fix=fix))
+    check_not_read(argument, path, data, column=path.suffix in _COLUMNS)
 
 
 def check_resumable(out: Any) -> None:

@@ -1,7 +1,9 @@
 """Where rows come from: arrays, files, stores, anything that slices, and trees of these."""
 
+import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +14,8 @@ import numpy as np
 from jaxhandler.data.columns import array_reader, device_reader, is_instance, slicing_reader
 from jaxhandler.data.combining import Source, combine
 from jaxhandler.data.dtypes import check_dtype, check_fits, narrow
+from jaxhandler.data.filling import Filling
+from jaxhandler.data.origins import files_of
 from jaxhandler.data.readers.complete import check_complete
 from jaxhandler.data.readers.formats import readers_of
 from jaxhandler.data.readers.hdf5 import dataset_reader
@@ -19,10 +23,10 @@ from jaxhandler.data.readers.reader import Reader, Stored
 from jaxhandler.data.readers.rows import is_row_source, rows_reader
 from jaxhandler.data.readers.tensorstore import is_spec, is_url, tensorstore_reader
 from jaxhandler.data.readers.zarr import zarr_array_reader
-from jaxhandler.errors import a_type, check_choice, explain
-from jaxhandler.trees import data_size, leaves_with_paths
+from jaxhandler.errors import a_type, check_choice, explain, warn
+from jaxhandler.trees import counted, data_size, leaves_with_paths
 
-__all__ = ["Source", "open_source", "resident_source"]
+__all__ = ["Source", "check_num_rows", "open_source", "resident_source"]
 
 _MOST_ROWS = np.iinfo(np.int32).max
 # Wide integers are looked through before a run where that takes a fraction of a second.
@@ -134,9 +138,12 @@ def open_source(
         return data
     check_choice("missing_chunks", missing_chunks, ("raise", "fill"))
     policy = _Policy(narrowing, missing_chunks, columns, set())
-    return combine(
-        _chosen(data, columns), argument, lambda name, leaf: _open_leaf(name, leaf, policy)
-    )
+
+    def open_leaf(name: str, leaf: Any) -> Source:
+        source, files = _open_leaf(name, leaf, policy), tuple(files_of(leaf))
+        return dataclasses.replace(source, files=files) if files else source
+
+    return combine(_chosen(data, columns), argument, open_leaf)
 
 
 def resident_source(data: Any) -> Source:
@@ -157,6 +164,22 @@ def resident_source(data: Any) -> Source:
         OverflowError: If a 64-bit integer does not fit.
     """
     return combine(data, "data", _open_resident)
+
+
+def check_num_rows(name: str, num_rows: int) -> None:
+    """Refuses more rows than the device can count.
+
+    Args:
+        name: How messages call the data.
+        num_rows: `N`.
+
+    Raises:
+        ValueError: If there are more.
+    """
+    if num_rows > _MOST_ROWS:
+        fix = "Split it; row numbers are int32 on the device."
+        seen, expected = f"{num_rows} rows", f"at most {_MOST_ROWS}"
+        raise ValueError(explain(name, seen=seen, expected=expected, fix=fix))
 
 
 def _open_leaf(name: str, leaf: Any, policy: _Policy) -> Source:
@@ -201,10 +224,16 @@ def _open_path(path: Path, policy: _Policy) -> Source:
     readers = readers_of(path, policy.missing_chunks, intact, policy.columns)
     readers = _chosen(readers, policy.columns)
     arrays = [leaf for leaf in jax.tree.leaves(readers) if isinstance(leaf, Reader)]
-    sizes = {leaf.name: leaf.specs.shape[:1] for leaf in arrays if isinstance(leaf.specs, Stored)}
+    stored = [(leaf.name, leaf.specs) for leaf in arrays if isinstance(leaf.specs, Stored)]
+    sizes = {name: specs.shape[:1] for name, specs in stored}
     if len(set(sizes.values()) - {()}) > 1:
         seen = ", ".join(f"{size[0]} rows in {name}" for name, size in sizes.items() if size)
         fix = "Keep rows that belong together in a file, or open it and pass a dict of its arrays."
+        if counted(stored):
+            fix = (
+                "They look like parts of one column; if so, open the file, and pass "
+                "jh.concatenate([...]) of them."
+            )
         raise ValueError(explain(str(path), seen=seen, expected="one number of rows", fix=fix))
 
     def open_leaf(_: str, leaf: Reader | Path) -> Source:
@@ -212,7 +241,25 @@ def _open_path(path: Path, policy: _Policy) -> Source:
             return _read_by(leaf, policy)
         return _open_path(leaf, policy._replace(columns=None))
 
-    return combine(readers, str(path), open_leaf)
+    source = combine(readers, str(path), open_leaf)
+    # Outputs of ours are read as they were written.
+    named = isinstance(readers, dict) and all(isinstance(leaf, Path) for leaf in readers.values())
+    if named and policy.columns is None:
+        _warn_of_parts(path, source)
+    return source
+
+
+def _warn_of_parts(folder: Path, source: Source) -> None:
+    first, *others = source.specs
+    # Numbers filled with zeros are those of parts; layers and the like are rarely counted so.
+    stem = re.match(r"(.*?)0\d", first)
+    if stem is not None and counted(leaves_with_paths(source.specs)):
+        seen = f"files from {first} to {others[-1]} that look like parts of one column"
+        fix = (
+            f'Pass jh.concatenate(sorted(glob.glob("{folder}/{stem[1]}*.npy"))), or, if they are '
+            "columns, a dict of their paths."
+        )
+        warn(explain(str(folder), seen=seen, expected="one file per column", fix=fix))
 
 
 def _read_by(reader: Reader, policy: _Policy) -> Source:
@@ -225,10 +272,7 @@ def _read_by(reader: Reader, policy: _Policy) -> Source:
         for (_, leaf), target in zip(stored, targets, strict=True)
     )
     num_rows = data_size(specs, argument=reader.name)
-    if num_rows > _MOST_ROWS:
-        fix = "Split it; row numbers are int32 on the device."
-        seen, expected = f"{num_rows} rows", f"at most {_MOST_ROWS}"
-        raise ValueError(explain(reader.name, seen=seen, expected=expected, fix=fix))
+    check_num_rows(reader.name, num_rows)
     row_bytes = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for _, leaf in stored)
     fitting = all(leaf.dtype == target for (_, leaf), target in zip(stored, targets, strict=True))
     integers = any(
@@ -260,6 +304,11 @@ def _read_by(reader: Reader, policy: _Policy) -> Source:
     def read(start: int, stop: int) -> Any:
         return fresh(reader.read(start, stop), start, reader.fresh)
 
+    def into(start: int, stop: int, out: Any) -> None:
+        arrays, places = (jax.tree.leaves(tree) for tree in (reader.read(start, stop), out))
+        for (name, _), array, target, place in zip(stored, arrays, targets, places, strict=True):
+            narrow(name, array, target, start, place)
+
     def take(indices: np.ndarray) -> Any:
         assert reader.take is not None
         return fresh(reader.take(indices), indices, True)
@@ -267,6 +316,7 @@ def _read_by(reader: Reader, policy: _Policy) -> Source:
     take_rows = take if reader.take is not None else None
     borrow = reader.read if reader.held is not None and fitting else None
     choose = reader.columns
+    direct = reader.read.into if fitting and isinstance(reader.read, Filling) else into
 
     def columns(names: Sequence[str]) -> Source:
         assert choose is not None
@@ -276,7 +326,7 @@ def _read_by(reader: Reader, policy: _Policy) -> Source:
     return Source(
         num_rows,
         specs,
-        read,
+        Filling(read, direct),
         take_rows,
         check,
         borrow,

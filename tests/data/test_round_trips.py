@@ -147,12 +147,15 @@ def test_a_calculator_gives_zarr_chunks_of_one_macrobatch(tmp_path):
 
 
 @each_ending
-def test_an_output_may_take_the_place_of_what_it_is_made_from(ending, tmp_path):
+def test_no_output_may_take_the_place_of_what_it_is_made_from(ending, tmp_path):
     path = tmp_path / f"rows{ending}"
     x = np.arange(70, dtype=np.float32).reshape(35, 2)
     write(path, x)
     calc = jh.calculator(lambda _, rows: jax.tree.map(lambda leaf: leaf + 1, rows), batch_size=4)
-    check_same(calc.calc_from_host((), path, out=path, macrobatch_size=8), x + 1)
+    for data in (path, jh.open_source(path)):
+        with pytest.raises(ValueError, match="out: saw .*, which is read, expected a path that no"):
+            calc.calc_from_host((), data, out=path, macrobatch_size=8)
+    check_same(path, x)
 
 
 @each_tree

@@ -9,6 +9,7 @@ import textwrap
 import zlib
 from pathlib import Path
 
+import h5py
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import zarr
 
 import jaxhandler as jh
 from jaxhandler import files
@@ -244,6 +246,59 @@ def test_a_sink_among_the_columns_that_are_read_is_refused(x, tmp_path):
     for data in (tmp_path, str(tmp_path), {"x": x, "y": [tmp_path]}):
         with pytest.raises(ValueError, match="out.npy in .*, expected a place outside the folder"):
             check_sink(tmp_path / "out.npy", data)
+
+
+def test_what_is_read_is_not_written_to_by_whatever_name(x, tmp_path, monkeypatch):
+    path, link = tmp_path / "x.npy", tmp_path / "link.npy"
+    np.save(path, x)
+    link.symlink_to(path)
+    np.save(tmp_path / "y.npy", x)
+    monkeypatch.chdir(tmp_path)
+    source = jh.open_source(path)
+    for data in (
+        path,
+        "x.npy",
+        link,
+        {"x": x, "y": [path]},
+        source,
+        {"y": source},
+        jh.open_source({"x": x, "y": "x.npy"}),
+        jh.concatenate(["y.npy", "x.npy"]),
+        np.load(path, mmap_mode="r")[2:],
+        jh.database({"x": path, "y": x}, splits={"some": [0, 2]}).source("some", ["x"]),
+    ):
+        for out in (path, "x.npy", link):
+            with pytest.raises(
+                ValueError, match=r"out: saw .*\.npy, which is read, expected .* no rows"
+            ):
+                check_sink(out, data)
+    np.testing.assert_array_equal(np.load(path), x)
+
+
+def test_open_files_and_stores_that_are_read_are_not_written_to(x, tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["x"] = x
+    write_file(tmp_path / "x.zarr", x)
+    with h5py.File(tmp_path / "x.h5") as file:
+        for data in (file, file["x"], {"x": jh.open_source(file["x"])}):
+            with pytest.raises(ValueError, match="x.h5, which is read"):
+                check_sink(tmp_path / "x.h5", data)
+    for data in (zarr.open(str(tmp_path / "x.zarr"), mode="r"), str(tmp_path / "x.zarr")):
+        with pytest.raises(ValueError, match="x.zarr, which is read"):
+            check_sink(tmp_path / "x.zarr", data)
+
+
+def test_a_file_of_others_may_be_replaced_where_it_is_not_read(x, tmp_path):
+    np.save(tmp_path / "out.npy", x)
+    check_sink(tmp_path / "out.npy", {"x": x, "y": tmp_path / "no.npy"})
+
+
+@refusal
+def test_a_sink_in_the_folder_of_an_opened_source_is_refused(x, tmp_path):
+    np.save(tmp_path / "x.npy", x)
+    source = jh.open_source(tmp_path)
+    with pytest.raises(ValueError, match="out.npy in .*, expected a place outside the folder"):
+        check_sink(tmp_path / "out.npy", source)
 
 
 def test_a_sink_beside_files_that_are_read_one_by_one_is_fine(x, tmp_path):

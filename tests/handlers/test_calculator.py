@@ -46,12 +46,12 @@ def test_a_folder_gets_one_file_per_leaf_and_feeds_the_next_calculator(tmp_path)
         np.testing.assert_allclose(outputs, DATA["x"].sum(axis=1) + 1, rtol=1e-5)
 
 
-def test_a_file_may_be_rewritten_from_itself(tmp_path):
+def test_a_file_that_is_read_is_not_replaced_by_outputs(tmp_path):
     np.save(tmp_path / "x.npy", DATA["x"])
-    jh.calculator(lambda params, x: x + 1, batch_size=8).calc_from_host(
-        (), tmp_path / "x.npy", out=tmp_path / "x.npy", macrobatch_size=16
-    )
-    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), DATA["x"] + 1)
+    calc = jh.calculator(lambda params, x: x + 1, batch_size=8)
+    with pytest.raises(ValueError, match="out: saw .*x.npy, which is read, expected .* rename"):
+        calc.calc_from_host((), tmp_path / "x.npy", out=tmp_path / "x.npy", macrobatch_size=16)
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), DATA["x"])
 
 
 def test_an_out_that_cannot_be_written_is_refused_before_any_work(tmp_path):

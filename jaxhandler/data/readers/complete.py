@@ -46,7 +46,10 @@ def check_complete(path: Path, columns: Collection[str] | None = None) -> Intact
                 )
             return Intact(folder, entries, rows)
     if not unfinished.exists():
-        raise FileNotFoundError(f"{path}: there is no such file or folder.")
+        text = f"{path}: there is no such file or folder."
+        if set("*?[").intersection(str(path)):
+            text += f" Of a pattern's files pass jh.concatenate(sorted(glob.glob({str(path)!r})))."
+        raise FileNotFoundError(text)
     manifest = files.read_manifest(files.manifest_of(unfinished)) or {}
     raise _interrupted(path, unfinished, manifest)
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxhandler.data.buffers import aligned_empty
+from jaxhandler.data.filling import Filling
 from jaxhandler.data.readers.advice import Watch
 from jaxhandler.data.readers.intact import FOREIGN, Intact, rows_of
 from jaxhandler.data.readers.reader import Reader, Stamp, Stored, check_unchanged
@@ -86,6 +87,10 @@ def flat_reader(
 
     def read(start: int, stop: int) -> np.ndarray:
         rows = aligned_empty((stop - start, *row_shape), dtype)
+        into(start, stop, rows)
+        return rows
+
+    def into(start: int, stop: int, rows: np.ndarray) -> None:
         view = rows.reshape(-1).view(np.uint8).data
         runs = list(spans(bounds, start, stop)) if row_bytes else []
         if watch is not None:
@@ -109,7 +114,6 @@ def flat_reader(
                         raise OSError(f"{at.path} was written to while it was read")
                     lie = rows_of(at.offset, row_bytes, first)
                     intact.check(at.path, begin, begin + len(piece), lie, piece)
-        return rows
 
     def take(indices: np.ndarray) -> np.ndarray:
         rows = aligned_empty((len(indices), *row_shape), dtype)
@@ -131,7 +135,7 @@ def flat_reader(
             rows[positions] = mapped[indices[positions] - first]
         return rows
 
-    return Reader(name, stored, read, take, fresh=True, check=check)
+    return Reader(name, stored, Filling(read, into), take, fresh=True, check=check)
 
 
 def take_rows(array: np.ndarray, indices: np.ndarray) -> np.ndarray:
