@@ -155,7 +155,7 @@ def test_no_output_may_take_the_place_of_what_it_is_made_from(ending, tmp_path):
     for data in (path, jh.open_source(path)):
         with pytest.raises(ValueError, match="out: saw .*, which is read, expected a path that no"):
             calc.calc_from_host((), data, out=path, macrobatch_size=8)
-    check_same(path, x)
+    check_same(jh.open_source(path), x)
 
 
 @each_tree

@@ -101,10 +101,11 @@ def test_nothing_is_left_of_what_a_shuffle_needed_meanwhile(x, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["copy.npy", "copy.npy.manifest.json"]
 
 
-def test_a_file_may_be_shuffled_in_its_place(x, tmp_path):
+def test_a_file_is_not_shuffled_in_its_place(x, tmp_path):
     path = save(x, tmp_path)
-    jh.copy_rows(path, path, shuffle_key=KEY)
-    np.testing.assert_array_equal(np.load(path), globally_shuffled(x, KEY))
+    with pytest.raises(ValueError, match="sink: saw .*x.npy, which is read, expected a path"):
+        jh.copy_rows(path, path, shuffle_key=KEY)
+    np.testing.assert_array_equal(np.load(path), x)
 
 
 def test_rows_too_large_for_one_block_are_shuffled_exactly(tmp_path):
