@@ -4,16 +4,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler.assembly.assemble import TrainingModules
 from jaxhandler.assembly.epochs import FitProgress, FitState, rescaled
+from jaxhandler.assembly.needs import batch_spec
 from jaxhandler.assembly.tables import NUMBERS
 from jaxhandler.data.database import Database
 from jaxhandler.errors import a_type, explain
 
 __all__ = [
     "check_callbacks",
+    "check_params",
     "check_parts",
     "check_splits",
     "check_state",
@@ -58,6 +61,33 @@ def check_parts(modules: Any, db_info: Any, database: Any, optimizer: Any, contr
         if not pure and not (name == "controller" and pair is None):
             expected = "a pair of functions, init and update"
             raise TypeError(explain(name, seen=a_type(pair), expected=expected, fix=fix))
+
+
+def check_params(params: Any, modules: Any, db_info: Any, database: Any) -> None:
+    """Refuses stacked parameters: of the model they are not, but one of them would be."""
+    leading = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
+    if len(leading) != 1 or leading == {()}:
+        return
+    ((members,),) = leading
+    columns = {*db_info["inputs"], *db_info["targets"]}
+    # Another number of rows than members, lest they fit each other by chance.
+    batch = {name: batch_spec(database.specs[name], members + 1) for name in columns}
+
+    def fits(axis: int) -> bool:
+        spec = lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[axis:], jnp.result_type(leaf))  # noqa: E731
+        try:
+            jax.eval_shape(modules.loss, jax.tree.map(spec, params), batch)
+        except Exception:  # Whatever the function makes of shapes that do not fit.
+            return False
+        return True
+
+    if not fits(0) and fits(1):
+        fix = (
+            "A fit is of one model. Train many with jh.ensemble(jh.trainer(modules.loss, "
+            f"optimizer), members={members})."
+        )
+        seen = f"leaves that all lead with {members}, as those of stacked members do"
+        raise ValueError(explain("params", seen=seen, expected="those of one model", fix=fix))
 
 
 def check_callbacks(callbacks: Any) -> tuple[Callable[[FitProgress], Any], ...]:

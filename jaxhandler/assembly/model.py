@@ -19,6 +19,7 @@ from jaxhandler.assembly.expressions import (
     walk,
 )
 from jaxhandler.errors import a_type, explain
+from jaxhandler.handlers.signatures import check_call
 
 __all__ = ["Model", "as_model", "model"]
 
@@ -240,6 +241,9 @@ def model(
     if not callable(fn):
         raise TypeError(explain("fn", seen=a_type(fn), expected="a function of params and inputs"))
     _check_no_module(fn)
+    takes = "params", "inputs"
+    fix = "Leave has_key out." if has_key else "Pass has_key=True."
+    check_call("fn", fn, takes, has_key=has_key, others={fix: (takes, not has_key)})
     for name, value in (("inputs", inputs), ("outputs", outputs)):
         if value is not None:
             check_name(name, value)

@@ -10,6 +10,7 @@ import optax
 
 from jaxhandler.assembly.checking import (
     check_callbacks,
+    check_params,
     check_parts,
     check_splits,
     check_state,
@@ -175,6 +176,7 @@ def fit(
     plot_every = None if plot_every is None else check_count("plot_every", plot_every)
     callbacks = check_callbacks(callbacks)
     check_parts(modules, db_info, database, optimizer, controller)
+    check_params(params, modules, db_info, database)
     evaluator, plot_maker = modules.evaluator, modules.evaluator.plot_maker
     stopping_key = check_stopping_key(stopping_key, evaluator.names)
     check_splits("database", ("train", "valid"), database)

@@ -24,6 +24,7 @@ from jaxhandler.assembly.expressions import (
 from jaxhandler.assembly.kinds import KINDS, MEANS, UnfitError, labelled, real, wide
 from jaxhandler.assembly.statistics import MEAN
 from jaxhandler.errors import a_type, explain, form
+from jaxhandler.handlers.means import row_fix
 from jaxhandler.trees import leaves_with_paths
 from jaxhandler.typing import Mean
 
@@ -121,7 +122,7 @@ class AppliedTerm(Applied, Reduced):
         for array in arrays:
             if array.shape not in shapes:
                 seen = f"the shape {list(array.shape)} for {max(rows)} rows"
-                fix = "Take the mean over the other axes inside the function."
+                fix = row_fix(array.shape, max(rows))
                 raise ValueError(explain(str(self), seen=seen, expected=_MEANS, fix=fix))
         if isinstance(result, Mean):
             return Mean(*arrays)

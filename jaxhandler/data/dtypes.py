@@ -1,5 +1,6 @@
 """Which dtypes rows may have, and what happens to the wide ones JAX would narrow silently."""
 
+import sys
 from typing import Any
 
 import jax
@@ -22,6 +23,11 @@ _REMEDIES = {
     "m": "Convert it to numbers first, with .astype('float32').",
     "V": "Split the fields into leaves of their own, one array each.",
 }
+
+_ATOMS = (
+    "Of a list of ase.Atoms make packs: jh.precompute_pairs(jh.database(structures, splits={}), "
+    'cutoff).source(columns=db_info["inputs"]).'
+)
 
 
 def check_dtype(name: str, array: Any, narrowing: str = "warn") -> np.dtype:
@@ -56,6 +62,8 @@ def check_dtype(name: str, array: Any, narrowing: str = "warn") -> np.dtype:
     low_precision = dtype.kind == "V" and jax.dtypes.issubdtype(dtype, np.number)
     if dtype.kind in _REMEDIES and not low_precision:
         fix, seen = _REMEDIES[dtype.kind], f"dtype {dtype}{ragged(array)}"
+        if dtype.kind == "O" and "ase" in sys.modules:
+            fix = f"{fix} {_ATOMS}"
         raise TypeError(explain(name, seen=seen, expected=expected, fix=fix))
     if not dtype.isnative:
         fix = 'Convert it first, with .astype(x.dtype.newbyteorder("=")).'

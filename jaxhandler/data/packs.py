@@ -13,7 +13,8 @@ from jaxhandler.data.combining import Source
 from jaxhandler.data.dtypes import check_dtype, check_fits, narrow
 from jaxhandler.data.packing import Packing, Packs
 from jaxhandler.data.structures import Structures
-from jaxhandler.errors import explain
+from jaxhandler.errors import check_count, explain
+from jaxhandler.trees import leaves_with_paths
 
 __all__ = [
     "PACK_COLUMNS",
@@ -73,48 +74,51 @@ class PackedSource(Source):
         array([[1, 1, 2, 0, 0]], dtype=int32)
         >>> source.unpack({"mass": np.array([[1, 1, 4, 9, 9]])})
         {'mass': array([1, 1, 4])}
+        >>> source.unpack(np.array([[[1, 1, 4, 9, 9]], [[2, 2, 8, 9, 9]]]), row_axis=1)
+        array([[1, 1, 4],
+               [2, 2, 8]])
     """
 
     structures: Structures
     packs: Packs
     packing: Packing
 
-    def unpack(self, outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def unpack(self, outputs: Any, *, row_axis: int = 0) -> Any:
         """Returns outputs per structure and per atom, in the order of the rows of the data.
 
         Args:
-            outputs: By name, `[num_packs, S, ...]` or `[num_packs, A, ...]`, a row for each pack of
-                this source.
+            outputs: Any pytree of `[num_packs, S, ...]` and `[num_packs, A, ...]`, a row for each
+                pack of this source.
+            row_axis: Where packs are: 1 for members, `[E, num_packs, S, ...]`.
 
         Returns:
-            By name `[n, ...]` for the `n` structures of the source, their row numbers ascending,
-            and `[sum of their num_atoms, ...]` for their atoms.
+            NumPy arrays in a tree like `outputs`: `[n, ...]` for the `n` structures of the source,
+            their row numbers ascending, and `[sum of their num_atoms, ...]` for their atoms; behind
+            the axes that came before packs.
 
         Raises:
             ValueError: If an output has neither shape.
         """
-        packs, packing, num_atoms = self.packs, self.packing, self.structures.num_atoms
-        order = np.argsort(packs.rows, kind="stable")
-        found = {}
-        for name, output in outputs.items():
+        axis = check_count("row_axis", row_axis, least=0)
+        packs, num_atoms = self.packs, self.structures.num_atoms[self.packs.rows]
+        slots = {
+            (packs.num_packs, size): _slots(packs, sizes, size)
+            for size, sizes in (
+                (self.packing.atoms, num_atoms),
+                (self.packing.structures, np.ones_like(num_atoms)),
+            )
+        }
+
+        def unpacked(path: str, output: Any) -> np.ndarray:
             array = np.asarray(output)
-            if array.shape[:2] == (packs.num_packs, packing.structures):
-                sizes = np.ones_like(packs.rows)
-            elif array.shape[:2] == (packs.num_packs, packing.atoms):
-                sizes = num_atoms[packs.rows]
-            else:
-                seen = f"shape {list(array.shape)}"
-                expected = (
-                    f"[{packs.num_packs}, {packing.structures}, ...] per structure or "
-                    f"[{packs.num_packs}, {packing.atoms}, ...] per atom"
-                )
-                path = f"[{name!r}]"
-                raise ValueError(explain("outputs", path=path, seen=seen, expected=expected))
-            ends = np.append(0, np.cumsum(sizes))
-            used = np.diff(ends[packs.bounds])
-            flat = array[np.arange(array.shape[1]) < used[:, None]]
-            found[name] = flat[_ranges(ends[order], sizes[order])]
-        return found
+            packed = array.shape[axis : axis + 2]
+            if packed not in slots:
+                raise ValueError(_neither(path, array.shape, packs.num_packs, self.packing))
+            flat = (*array.shape[:axis], packed[0] * packed[1], *array.shape[axis + 2 :])
+            return array.reshape(flat).take(slots[packed], axis=axis)
+
+        leaves = [unpacked(path, leaf) for path, leaf in leaves_with_paths(outputs)]
+        return jax.tree.structure(outputs).unflatten(leaves)
 
 
 def column_specs(
@@ -358,3 +362,20 @@ def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """
     ends = np.cumsum(sizes)
     return np.repeat(starts - ends + sizes, sizes) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def _slots(packs: Packs, sizes: np.ndarray, room: int) -> np.ndarray:
+    """Returns where what is no padding lies in packs with room for so many, in the data's order."""
+    ends = np.append(0, np.cumsum(sizes))
+    used = np.diff(ends[packs.bounds])
+    order = np.argsort(packs.rows, kind="stable")
+    return np.flatnonzero(np.arange(room) < used[:, None])[_ranges(ends[order], sizes[order])]
+
+
+def _neither(path: str, shape: tuple[int, ...], num_packs: int, packing: Packing) -> str:
+    packed = (num_packs, packing.structures), (num_packs, packing.atoms)
+    there = [axis for axis in range(len(shape)) if shape[axis : axis + 2] in packed]
+    structures, atoms = (f"[{', '.join(map(str, each))}, ...]" for each in packed)
+    expected = f"{structures} per structure or {atoms} per atom"
+    fix = f"Packs are at axis {there[0]}: pass row_axis={there[0]}." if there else ""
+    return explain("outputs", path=path, seen=f"shape {list(shape)}", expected=expected, fix=fix)

@@ -14,6 +14,7 @@ from jaxhandler.handlers.parts import micro_batched
 from jaxhandler.handlers.program import Program, check_builder
 from jaxhandler.handlers.run import Run
 from jaxhandler.handlers.shortage import refusing
+from jaxhandler.handlers.signatures import check_call
 from jaxhandler.plans import PlanCache
 from jaxhandler.typing import Batch, Callback, Placement, Step
 
@@ -239,6 +240,7 @@ def calculator(
     batch_size = check_builder(
         apply_fn, "apply_fn", batch_size, tail, mode, on_batch_finish, plans, fast_conv
     )
+    check_call("apply_fn", apply_fn, ("params", "inputs"))
 
     def make_step(fn: Callable[..., Any]) -> Step:
         def step(consts: Any, carry: Any, batch: Batch) -> tuple[Any, Any]:

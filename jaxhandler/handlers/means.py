@@ -9,7 +9,7 @@ import numpy as np
 from jaxhandler.errors import a_type, explain, form
 from jaxhandler.typing import Mean
 
-__all__ = ["as_mean", "merged"]
+__all__ = ["as_mean", "merged", "row_fix"]
 
 
 def as_mean(value: Any, mask: jax.Array, *, name: str, pad: bool) -> Mean:
@@ -52,8 +52,29 @@ def as_mean(value: Any, mask: jax.Array, *, name: str, pad: bool) -> Mean:
         # `where`, not a product: a padded row must not poison the sum with NaN times zero.
         return Mean(jnp.where(mask, value, 0).sum(), mask.sum(dtype=value.dtype))
     seen = f"{form(value)} for a batch of {rows} rows"
-    fix = "Take the mean over the other axes inside the function."
-    raise ValueError(explain(name, seen=seen, expected=expected, fix=fix))
+    raise ValueError(explain(name, seen=seen, expected=expected, fix=row_fix(value.shape, rows)))
+
+
+def row_fix(shape: tuple[int, ...], rows: int) -> str:
+    """Returns what to do about values that are not one for each row.
+
+    Args:
+        shape: Theirs.
+        rows: Rows of the batch, `B`.
+
+    Returns:
+        A sentence for a message.
+
+    Example:
+        >>> row_fix((128, 128), 128)
+        'This looks like [B, 1] against [B], which broadcasts: drop the axis of one with [:, 0].'
+    """
+    if rows > 1 and shape == (rows, rows):
+        looks = "This looks like [B, 1] against [B], which broadcasts"
+        return f"{looks}: drop the axis of one with [:, 0]."
+    if shape == (rows, 1):
+        return "Drop the axis of one with [:, 0]."
+    return "Take the mean over the other axes inside the function."
 
 
 def merged(mean: Mean, *, axis: int = 0) -> Any:

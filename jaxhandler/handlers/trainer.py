@@ -16,6 +16,7 @@ from jaxhandler.handlers.handler import RESIDENT, Handler
 from jaxhandler.handlers.means import merged
 from jaxhandler.handlers.options import Options
 from jaxhandler.handlers.program import Program, check_builder
+from jaxhandler.handlers.signatures import check_call
 from jaxhandler.handlers.training import TrainInfo, TrainState, init_state, make_train_step
 from jaxhandler.handlers.validator import check_rows
 from jaxhandler.plans import PlanCache
@@ -72,6 +73,7 @@ class Trainer(Handler):
 
         Raises:
             TypeError: If `key` is no key, or a leaf of `params` is no floating array.
+            ValueError: If there is a `model_state` and the trainer has no `has_state`.
 
         Example:
             >>> import jax, jax.numpy as jnp, optax, jaxhandler as jh
@@ -298,6 +300,7 @@ def trainer(
         raise ValueError(
             explain("tail", seen='"pad" with has_state=True', expected='"exact" or "drop"', fix=fix)
         )
+    _check_loss(loss_fn, has_state, has_key)
 
     def make_step(fn: Callable[..., Any], *, stops: bool = False, pieces: int = 1) -> Step:
         return make_train_step(
@@ -314,6 +317,10 @@ def trainer(
         )
 
     def init(params: Any, *, key: Any, model_state: Any = (), order_key: Any = None) -> TrainState:
+        if not has_state and jax.tree.leaves(model_state):
+            seen, fix = "a state", "Pass jh.trainer(..., has_state=True), or leave it out."
+            expected = "none, since the trainer has no has_state"
+            raise ValueError(explain("model_state", seen=seen, expected=expected, fix=fix))
         return init_state(optimizer, params, key, model_state, order_key)
 
     return Trainer(
@@ -338,6 +345,23 @@ def trainer(
         ),
         on_nonfinite,
     )
+
+
+def _check_loss(loss_fn: Callable[..., Any], has_state: bool, has_key: bool) -> None:
+    def given(state: bool, key: bool) -> tuple[tuple[str, ...], bool]:
+        return (("params", "model_state", "batch") if state else ("params", "batch")), key
+
+    def fix(state: bool, key: bool) -> str:
+        settings = ("has_state", has_state, state), ("has_key", has_key, key)
+        changed = [(name, then) for name, now, then in settings if now != then]
+        return " ".join(
+            f"Pass {name}=True." if on else f"Leave {name} out." for name, on in changed
+        )
+
+    flips = (has_state, not has_key), (not has_state, has_key), (not has_state, not has_key)
+    others = {fix(*flip): given(*flip) for flip in flips}
+    names, _ = given(has_state, has_key)
+    check_call("loss_fn", loss_fn, names, has_key=has_key, others=others)
 
 
 def _next_epoch(state: TrainState, epoch: int) -> TrainState:

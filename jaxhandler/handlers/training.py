@@ -24,6 +24,8 @@ __all__ = [
     "make_train_step",
 ]
 
+_FIRST_STATE = "Give the first one: trainer.init(params, key=..., model_state=...)."
+
 
 class TrainState(NamedTuple):
     """Where training stands: a plain pytree, all that a run needs to go on.
@@ -146,10 +148,19 @@ def make_train_step(
 
     def objective(params: Any, model_state: Any, data: Any, mask: Any, key: Any) -> Any:
         args = (params, model_state, data) if has_state else (params, data)
-        result = loss_fn(*args, **({"key": key} if has_key else {}))
+        no_state = has_state and not jax.tree.leaves(model_state)
+        try:
+            result = loss_fn(*args, **({"key": key} if has_key else {}))
+        except Exception as error:
+            if no_state:
+                error.add_note(f"The model_state is {model_state}. {_FIRST_STATE}")
+            raise
         if has_state and (not isinstance(result, tuple) or len(result) != 2):
             seen, expected = a_type(result), "(loss, model_state) with has_state=True"
             raise TypeError(explain("loss_fn", seen=seen, expected=expected))
+        if no_state and jax.tree.leaves(result[1]):
+            seen, expected = str(model_state), "a tree like the one that loss_fn gives"
+            raise ValueError(explain("model_state", seen=seen, expected=expected, fix=_FIRST_STATE))
         loss, model_state = result if has_state else (result, model_state)
         mean = as_mean(loss, mask, name="loss_fn", pad=pad)
         if mean.total.shape != ():

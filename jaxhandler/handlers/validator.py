@@ -12,6 +12,7 @@ from jaxhandler.handlers.means import as_mean, merged
 from jaxhandler.handlers.options import Options
 from jaxhandler.handlers.parts import micro_batched
 from jaxhandler.handlers.program import Program, check_builder
+from jaxhandler.handlers.signatures import check_call
 from jaxhandler.plans import PlanCache
 from jaxhandler.typing import Batch, Callback, Placement, Step
 
@@ -188,9 +189,9 @@ def validator(
         raise ValueError(explain("metric_fns", seen="no metric", expected="at least one"))
     fns = dict(metric_fns)
     for name, fn in fns.items():
-        check_builder(
-            fn, f"metric_fns[{name!r}]", batch_size, tail, mode, on_batch_finish, plans, fast_conv
-        )
+        called = f"metric_fns[{name!r}]"
+        check_builder(fn, called, batch_size, tail, mode, on_batch_finish, plans, fast_conv)
+        check_call(called, fn, ("params", "batch"))
     batch_size = int(batch_size)
 
     def make_step(fns: Mapping[str, Callable[..., Any]]) -> Step:

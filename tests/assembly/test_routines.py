@@ -531,3 +531,20 @@ def test_an_evaluator_of_an_ensemble_is_refused():
     modules = MODULES._replace(evaluator=jh.ensemble(MODULES.evaluator, members=2))
     with pytest.raises(ValueError, match="modules: saw an evaluator of an ensemble"):
         fit(1, modules=modules)
+
+
+def test_stacked_parameters_are_refused_before_any_work(watched, database):
+    stacked = jax.tree.map(lambda leaf: np.stack([leaf] * 4), PARAMS)
+    text = r"params: saw leaves that all lead with 4, .*jh\.ensemble\(.*, members=4\)"
+    with pytest.raises(ValueError, match=text):
+        fit(1, params=stacked, database=database)
+    assert not watched.read
+
+
+def test_parameters_that_look_stacked_and_are_not_train():
+    def squared(params, inputs):
+        return {"y": inputs["x"] @ (params["w"] * params["v"])}
+
+    params = {"w": np.ones(3, np.float32), "v": np.ones(3, np.float32)}
+    modules, db_info = assembled(model=squared, params=params)
+    assert fit(1, modules=modules, db_info=db_info, params=params).history["ended"] == "epochs"

@@ -47,6 +47,12 @@ def test_a_function_that_gives_no_means_is_refused(fn):
         metric_of(losses.apply(fn, P), ARRAYS)
 
 
+def test_a_column_against_values_says_which_axis_to_drop():
+    term = losses.apply(lambda p, t: (p[:, None] - t) ** 2, P, T)
+    with pytest.raises(ValueError, match=r"looks like \[B, 1\] against \[B\].* with \[:, 0\]"):
+        metric_of(term, ARRAYS)
+
+
 @pytest.mark.parametrize("result", ["text", None, (1.0, 2.0)])
 def test_a_function_that_gives_no_array_is_refused(result):
     with pytest.raises(

@@ -169,6 +169,22 @@ def test_outputs_come_back_per_structure_and_per_atom(database: AtomsDatabase) -
         source.unpack({"x": np.zeros((1, 2))})
 
 
+def test_outputs_of_members_come_back_at_any_depth_of_a_tree(database: AtomsDatabase) -> None:
+    source = database.source("2", order=np.random.default_rng(0))
+    packs = source.read(0, source.num_rows)
+    packs = {name: packs[name] for name in ("energy", "forces")}
+    alone = source.unpack(packs)
+    reduced = source.unpack({"mean": packs, "std": [packs["forces"]]})
+    assert np.array_equal(reduced["mean"]["energy"], alone["energy"])
+    assert np.array_equal(reduced["std"][0], alone["forces"])
+    stacked = {name: jnp.stack([pack, -pack]) for name, pack in packs.items()}
+    members = source.unpack(stacked, row_axis=1)
+    for name in alone:
+        assert np.array_equal(members[name], [alone[name], -alone[name]])
+    with pytest.raises(ValueError, match=r"Packs are at axis 1: pass row_axis=1\."):
+        source.unpack(stacked)
+
+
 def test_a_calculator_runs_over_packs(database: AtomsDatabase) -> None:
     def model(params: Any, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         def one(numbers: jax.Array, structure: jax.Array) -> jax.Array:

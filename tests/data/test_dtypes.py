@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from ase.build import bulk
 
+import jaxhandler as jh
 from jaxhandler.data.dtypes import check_dtype, check_fits, narrow
 
 KEPT = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "float32"]
@@ -43,6 +45,17 @@ def test_the_warning_says_what_to_do():
         UserWarning, match='Store it as float32, pass narrowing="allow" .*, or set jax_enable_x64'
     ):
         check_dtype("data['x']", np.zeros(2))
+
+
+def test_structures_of_ase_are_told_the_way_to_packs():
+    structures = [bulk("Cu"), bulk("Ni")]
+    calc = jh.calculator(lambda params, pack: pack)
+    for refused in (
+        lambda: jh.open_source(structures),
+        lambda: calc.calc_from_host((), structures),
+    ):
+        with pytest.raises(TypeError, match=r"data\[0\]: .*jh\.database\(structures, splits={}\)"):
+            refused()
 
 
 def test_a_message_numbers_the_row_as_the_source_does():

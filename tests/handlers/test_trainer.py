@@ -191,6 +191,34 @@ def test_mutable_state_is_threaded_through_the_steps_and_micro_batches():
         assert float(state.model_state["rows"]) == 406
 
 
+def test_a_first_state_is_asked_for_where_there_must_be_one_and_refused_where_none_can_be():
+    def looking(params, model_state, batch):
+        return errors(params, batch), {"rows": model_state["rows"] + 1}
+
+    def making(params, model_state, batch):
+        return errors(params, batch), {"rows": jnp.zeros(())}
+
+    tr = jh.trainer(looking, optax.sgd(0.01), has_state=True)
+    with pytest.raises(TypeError) as found:
+        tr.train(start(tr), DATA)
+    assert any("trainer.init(params, key=..., model_state=...)" in n for n in found.value.__notes__)
+    tr = jh.trainer(making, optax.sgd(0.01), has_state=True)
+    with pytest.raises(ValueError, match=r"model_state: saw \(\), .*trainer\.init\(params, key="):
+        tr.train(start(tr), DATA)
+    for plain in (
+        jh.trainer(errors, optax.sgd(0.1)),
+        jh.ensemble(jh.trainer(errors, optax.sgd(0.1)), members=2),
+    ):
+        with pytest.raises(ValueError, match=r"model_state: saw a state, .*has_state=True"):
+            plain.init({"w": jnp.zeros(2)}, key=jax.random.key(0), model_state=jnp.zeros(2))
+
+
+def test_a_state_without_leaves_needs_no_first_one():
+    tr = jh.trainer(lambda p, s, b: (errors(p, b), s), optax.sgd(0.01), has_state=True)
+    state, _ = tr.train(start(tr), DATA)
+    assert state.model_state == ()
+
+
 def test_the_state_of_the_caller_survives():
     for donate in (True, False):
         tr = jh.trainer(errors, optax.adam(0.1), batch_size=32, donate=donate)

@@ -74,11 +74,24 @@ def test_no_rows_have_no_mean():
 
 def test_a_metric_of_another_shape_is_named():
     val = jh.validator({"wide": lambda params, batch: batch["x"][:, None]}, batch_size=4)
-    with pytest.raises(ValueError, match=r"metric_fns\['wide'\]: saw float32\[4, 1\]"):
+    with pytest.raises(ValueError, match=r"metric_fns\['wide'\]: saw float32\[4, 1\].* \[:, 0\]"):
         val.validate((), {"x": np.zeros(8, np.float32)})
     val = jh.validator({"text": lambda params, batch: "good"}, batch_size=4)
     with pytest.raises(TypeError, match=r"metric_fns\['text'\]: saw a str"):
         val.validate((), {"x": np.zeros(8, np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("columns", "fix"),
+    [
+        (4, r"looks like \[B, 1\] against \[B\].* \[:, 0\]"),
+        (3, "Take the mean over the other axes"),
+    ],
+)
+def test_a_column_against_values_is_told_from_other_wrong_shapes(columns, fix):
+    val = jh.validator({"wide": lambda params, x: x[:, None] - params}, batch_size=4)
+    with pytest.raises(ValueError, match=rf"saw float32\[4, {columns}\].*{fix}"):
+        val.validate(np.zeros(columns, np.float32), np.zeros(8, np.float32))
 
 
 def test_metrics_must_be_named_functions():
