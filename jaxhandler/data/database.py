@@ -17,6 +17,7 @@ from jaxhandler.errors import a_type, explain
 __all__ = ["Database", "check_columns", "columns_database"]
 
 _MOST_SHOWN = 6
+_UNLABELLED = 'Where there are no labels, ask for the columns of db_info["inputs"] alone.'
 
 Select = Callable[[np.ndarray | None, tuple[str, ...], np.random.Generator | None], Source]
 
@@ -136,20 +137,24 @@ class Database:
             names = ()
             for role, role_names in columns.items():
                 allowed_here = self.specs if allowed[role] is None else allowed[role]
-                names += check_columns(f"columns[{role!r}]", role_names, allowed_here or ())
+                fix = _UNLABELLED if role == "targets" and "inputs" in columns else ""
+                names += check_columns(f"columns[{role!r}]", role_names, allowed_here or (), fix)
         if not names:
             seen, expected = "no column", _one_of(self.specs, "columns")
             raise ValueError(explain("columns", seen=seen, expected=expected))
         return tuple(sorted(set(names)))
 
 
-def check_columns(argument: str, names: Any, available: Iterable[str]) -> tuple[str, ...]:
+def check_columns(
+    argument: str, names: Any, available: Iterable[str], fix: str = ""
+) -> tuple[str, ...]:
     """Returns names of columns as a tuple, refusing those that are not there.
 
     Args:
         argument: The name of the argument as the caller wrote it.
         names: What the caller gave.
         available: The columns that are there.
+        fix: What to do about one that is not.
 
     Returns:
         The names.
@@ -163,13 +168,15 @@ def check_columns(argument: str, names: Any, available: Iterable[str]) -> tuple[
         ('x',)
     """
     if isinstance(names, str) or not isinstance(names, Iterable):
-        fix = f"Write [{names!r}]." if isinstance(names, str) else ""
-        raise TypeError(explain(argument, seen=repr(names), expected="names of columns", fix=fix))
+        listed = f"Write [{names!r}]." if isinstance(names, str) else ""
+        text = explain(argument, seen=repr(names), expected="names of columns", fix=listed)
+        raise TypeError(text)
     known = tuple(available)
     chosen = tuple(names)
     for name in chosen:
         if name not in known:
-            raise ValueError(explain(argument, seen=repr(name), expected=_one_of(known, "columns")))
+            expected = _one_of(known, "columns")
+            raise ValueError(explain(argument, seen=repr(name), expected=expected, fix=fix))
     return chosen
 
 

@@ -15,7 +15,7 @@ __all__ = ["EarlyStopping", "StoppingState", "early_stopping", "halve"]
 
 
 class StoppingState(NamedTuple):
-    """What early stopping remembers of `E` members.
+    """What early stopping remembers of `E` members, or of one model without the axis `E`.
 
     Attributes:
         best: `[E]` float32, the lowest score of each so far.
@@ -53,19 +53,22 @@ class EarlyStopping(NamedTuple):
 
 
 def early_stopping(*, patience: int, min_delta: float = 0.0) -> EarlyStopping:
-    """Makes early stopping for each member by itself: those that get no better stop, at their best.
+    """Makes early stopping of one model, or of each member by itself, that stop at their best.
 
     A member whose score has not fallen for `patience` looks goes back to the parameters of its best
     score and is no longer `active`: from then on steps leave its state as it is, bit for bit,
     whatever the optimiser. The others go on unchanged. A score that is NaN is no better than any.
+    The state of a single trainer is taken as that of one member, with a scalar for its score; its
+    loop ends with `if not state.active: break`.
 
     Args:
         patience: Looks in a row without a better score, at least 1.
         min_delta: How much lower a score must be to count as better.
 
     Returns:
-        An `EarlyStopping`. `update` takes scores `[E]`, lower is better (a validator's losses for
-        instance), and is called as often as one wants to look, mostly once per epoch.
+        An `EarlyStopping`. `update` takes scores `[E]`, of one model a scalar, lower is better (a
+        validator's losses for instance), and is called as often as one wants to look, mostly once
+        per epoch.
 
     Raises:
         TypeError: If `patience` is no whole number.
@@ -82,6 +85,12 @@ def early_stopping(*, patience: int, min_delta: float = 0.0) -> EarlyStopping:
         ...     state, memory = stopping.update(state, memory, scores)
         >>> state.active
         Array([ True, False], dtype=bool)
+        >>> state = one.init(jnp.float32(0), key=jax.random.key(0))
+        >>> memory = stopping.init(state)
+        >>> for score in (1.0, 2.0):
+        ...     state, memory = stopping.update(state, memory, score)
+        >>> bool(state.active)
+        False
     """
     patience = check_count("patience", patience)
     if not min_delta >= 0:

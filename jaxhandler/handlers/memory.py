@@ -162,7 +162,7 @@ def plan_memory(
         (3584000, 224000, 1024)
     """
     check_choice("shuffle", shuffle, ("auto", *SHUFFLES))
-    check_sink(out)
+    check_sink(out, data)
     consts, carry = _parts(handler, params, consts)
     if shuffle == "auto":
         shuffle = "rows" if isinstance(handler, Trainer) else None
