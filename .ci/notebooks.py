@@ -1,4 +1,4 @@
-"""Writes each example beside its script as a notebook without outputs, for Colab.
+"""Writes each example beside its script as a notebook without outputs.
 
     python .ci/notebooks.py            # write examples/*.ipynb
     python .ci/notebooks.py --check    # only say which of them are not as their scripts
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-INSTALL = '%pip install -q "jaxhandler[examples]"'
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -36,7 +35,7 @@ def cells(script: str) -> list[tuple[str, str]]:
             kind = "markdown"
             text = "\n".join(line[1:].removeprefix(" ") for line in text.splitlines())
         found.append((kind, text))
-    return [("code", INSTALL), *(cell for cell in found if cell[1])]
+    return [cell for cell in found if cell[1]]
 
 
 def notebook(script: str) -> str:

@@ -11,7 +11,6 @@ The pages are plain Markdown that reads well on GitHub. This file adds three thi
 
 import importlib.metadata
 import importlib.util
-import json
 import re
 import shutil
 from pathlib import Path
@@ -80,10 +79,7 @@ def write_examples(app: Sphinx) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for script in sorted((ROOT / "examples").glob("*.py")):
-        content = json.loads(notebooks.notebook(script.read_text()))
-        # The first cell installs jaxhandler, for Colab.
-        del content["cells"][0]
-        (folder / f"{script.stem}.ipynb").write_text(json.dumps(content))
+        (folder / f"{script.stem}.ipynb").write_text(notebooks.notebook(script.read_text()))
 
 
 def run_python(app: Sphinx, docname: str, source: list[str]) -> None:

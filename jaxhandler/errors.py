@@ -305,6 +305,6 @@ def extra(module: str, argument: str, name: str = "io") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        fix = f'Install it with `pip install "jaxhandler[{name}]"`.'
+        fix = f'Install it with `pip install -e ".[{name}]"` in a clone of jaxhandler.'
         seen = f"no {module.partition('.')[0]} ({error})"
         raise ImportError(explain(argument, seen=seen, expected="it installed", fix=fix)) from error

@@ -19,7 +19,7 @@ from jaxhandler.data.sources import Source
 from jaxhandler.handlers.trainer import Trainer, trainer
 from jaxhandler.handlers.training import TrainState
 from jaxhandler.plans import PlanCache
-from jaxhandler.typing import Callback
+from jaxhandler.typing import Callback, RunReport
 
 __all__ = ["Epochs", "FitProgress", "FitState", "rescaled"]
 
@@ -65,6 +65,7 @@ class FitProgress:
         params: The parameters after it.
         state: Where the fit stands.
         seconds: Seconds of training and evaluating.
+        report: Where the time of training went, a `RunReport`; None before there was any.
 
     Example:
         >>> import jaxhandler as jh
@@ -85,6 +86,7 @@ class FitProgress:
     params: Any = field(default=None, repr=False)
     state: Any = field(default=None, repr=False)
     seconds: float = 0.0
+    report: RunReport | None = None
 
     def __str__(self) -> str:
         parts = [
@@ -261,6 +263,7 @@ class Epochs:
             is_best=is_best,
             params=train.params,
             state=state,
+            report=info.report,
             **numbers,
         )
         return state, progress, pictures

@@ -54,6 +54,7 @@ class Kept:
         commit: Commit | None = None,
     ) -> None:
         self._commits, self._every, self._identity = commits, every, identity
+        self._at = "" if commit is None else commit.content.get("at", "")
         self._saver: Saver | None = None
         self._resolved: dict[str, dict[str, Any]] = {}
         self._middle: Commit | None = None
@@ -90,7 +91,7 @@ class Kept:
         if self._commits is None:
             yield
             return
-        saver = self._saver = Saver(self._commits, self._every)
+        saver = self._saver = Saver(self._commits, self._every, self._at)
         try:
             with saver:
                 yield
@@ -136,6 +137,7 @@ class Kept:
 
     def _content(self, state: FitState, ended: str = "") -> dict[str, Any]:
         return {
+            "at": f"the end of epoch {len(state.history['loss'])}",
             "identity": self._identity,
             "resolved": {size: dict(found) for size, found in self._resolved.items()},
             "best_epoch": state.best_epoch,

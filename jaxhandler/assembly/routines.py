@@ -39,7 +39,8 @@ class FitResult(NamedTuple):
             over the rows of the epoch, as they were trained on), `"batch_size"`,
             `"learning_rate_scale"` and `"seconds"`; under `"best"` the metrics of `params` by split
             and name; under `"ended"` why the fit did: "epochs", "controller", "callback", "frozen"
-            or "interrupted".
+            or "interrupted"; under `"report"` the `RunReport` of the last epoch's training, None
+            where this call trained none.
 
     Example:
         >>> FitResult._fields
@@ -104,9 +105,10 @@ def fit(
         stopping_key: The metric of "valid" that decides; None is "Loss" where the
             metrics have one, else the first.
         callbacks: Functions of one `FitProgress`, called after each epoch; one that returns True
-            ends the fit.
+            ends the fit. What one raises is raised.
         checkpoint: A `jh.checkpoint`, with which the fit goes on where it was stopped, within an
-            epoch too. Give what it began with. Callbacks may hear of an epoch again.
+            epoch too, also by what a callback raised. Give what it began with. Callbacks may hear
+            of an epoch again.
         plot_every: Draws the plots of the plot maker after every so many epochs, of the splits that
             are evaluated then; None only at the end, of the best parameters.
         state: The `state` of an earlier result: goes on exactly where that stood. `params` and
@@ -222,6 +224,7 @@ def fit(
         shuffle=shuffle,
         macrobatch_size=macrobatch_size,
     )
+    report = None
     with keep(checkpoint, begun, identify) as kept:
         state, ended, best = kept.state, kept.ended, kept.metrics
         try:
@@ -230,6 +233,7 @@ def fit(
                     epoch = len(state.history["loss"]) + 1
                     due = plot_every is not None and epoch % plot_every == 0
                     state, at, pictures = run.run(state, plots=due, leg=kept.leg(state))
+                    report = at.report
                     table.show(str(at), at.metrics, improved(state.history, evaluator.rising))
                     _draw(evaluator, pictures, state, epoch)
                     # Every callback is called, those behind one that ends the fit as well.
@@ -262,7 +266,8 @@ def fit(
                 if ended == "interrupted":
                     raise
                 ended = _interrupted(state, checkpoint is not None)
-    return FitResult(state.params, state, {**state.history, "best": best or {}, "ended": ended})
+    last = {"best": best or {}, "ended": ended, "report": report}
+    return FitResult(state.params, state, {**state.history, **last})
 
 
 def _draw(evaluator: Any, pictures: Mapping[str, Any], state: FitState, epoch: int | None) -> None:

@@ -98,12 +98,15 @@ class Commits:
         keep: How many stay.
         fresh: Whether there must be no commit yet.
 
+    Attributes:
+        folder: Where they are.
+
     Raises:
         OSError: If another run holds the folder or has been there, or it cannot be written to.
     """
 
     def __init__(self, folder: Path, keep: int, *, fresh: bool = False) -> None:
-        self._folder, self._keep = folder, keep
+        self.folder, self._keep = folder, keep
         folder.mkdir(parents=True, exist_ok=True)
         self._kept: list[Path] = []
         self._lock = _lock(folder)
@@ -152,7 +155,7 @@ class Commits:
             OSError: If it cannot be written; names the file. Earlier commits stay.
         """
         self._last += 1
-        path = self._folder / f"commit-{self._last:08}"
+        path = self.folder / f"commit-{self._last:08}"
         partial = partial_of(path)
         try:
             with blaming(partial):
@@ -166,7 +169,7 @@ class Commits:
                 remove(partial)
             raise
         self._kept = [*self._kept, path][-self._keep :]
-        for old in _paths(self._folder):
+        for old in _paths(self.folder):
             if old not in self._kept:
                 # Renamed first: what a kill leaves of it is not taken for a commit.
                 try:

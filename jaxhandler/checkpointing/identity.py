@@ -51,7 +51,10 @@ FULL = 10**9
 SAMPLED = 64 * 2**20
 """Bytes that are digested of what is larger."""
 _PIECE = 2**20
-_MOST_NAMED = 8
+# Of a field that is a tree, whose leaves mostly differ together, and of any other.
+_FEW, _MOST_NAMED = 3, 8
+_TREES = ("data", "params", "state")
+_TRAINED = re.compile(r"state(\[0\])?\.(step|epoch)")
 _LONGEST = 200
 
 
@@ -67,7 +70,8 @@ def check_same(
         path: Where the commits are, for messages.
 
     Raises:
-        ValueError: If they differ; names each field with both values, and what to ignore in all.
+        ValueError: If they differ; says first whether the state has trained since, names each field
+            with both values, of trees the first few leaves, and what to ignore in all.
 
     Example:
         >>> check_same({"batch_size": 4}, {"batch_size": 8}, ("batch_size",), "run")
@@ -84,19 +88,42 @@ def check_same(
     ]
     if not wrong:
         return
-    named = [f"{name} {_short(new)} where {_short(old)} is stored" for name, new, old in wrong]
-    rest = f", and {len(wrong) - _MOST_NAMED} more" if len(wrong) > _MOST_NAMED else ""
-    roots = ",".join(dict.fromkeys([*ignored, *(re.split(r"\W", name)[0] for name, _, _ in wrong)]))
-    fix = (
-        "Call it as before to go on, give another run a folder of its own, or pass "
-        f'resume="ignore:{roots}" if you mean it.'
-    )
-    seen_text = ", ".join(named[:_MOST_NAMED]) + rest
-    raise ValueError(explain(path, seen=seen_text, expected="the run that was stopped", fix=fix))
+    roots: dict[str, list[str]] = {name: [] for name in ignored}
+    trained = [each for each in wrong if _TRAINED.fullmatch(each[0]) and "nothing" not in each]
+    for name, new, old in wrong:
+        named = roots.setdefault(re.split(r"\W", name)[0], [])
+        if (name, new, old) not in trained:
+            named.append(f"{name} {_short(new)} where {_short(old)} is stored")
+    texts = [_trained_since(*max(trained))] if trained else []
+    for root, named in roots.items():
+        most = _FEW if root in _TREES else _MOST_NAMED
+        texts += named[:most]
+        if len(named) > most:
+            texts[-1] += f" and {len(named) - most} more"
+    fix = "Call it as before to go on, give another run a folder of its own, or pass "
+    if trained:
+        fix = (
+            "Each call needs a folder of its own, in a loop of epochs one for each; to go on, give "
+            "the state that the run began with, or pass "
+        )
+    fix += f'resume="ignore:{",".join(roots)}" if you mean it.'
+    expected = "the run that was stopped"
+    raise ValueError(explain(path, seen=", ".join(texts), expected=expected, fix=fix))
+
+
+def _trained_since(name: str, new: str, old: str) -> str:
+    """Says in words that a state is not the one that a run began with."""
+    word, now, then = name.rpartition(".")[2], *(text.split(" ")[-1] for text in (new, old))
+    if not (now.isdecimal() and then.isdecimal()):
+        return f"a state of another {word}"
+    how = "since" if int(now) > int(then) else "less"
+    return f"a state that has trained {how} ({word} {now} where {then} is stored)"
 
 
 def digest_leaves(tree: Any, extent: str = "auto") -> dict[str, Any]:
     """Returns type and SHA-256 of each leaf by its path: what tells that a tree is the same.
+
+    Single whole numbers stand for themselves, so that a counter can be read in messages.
 
     Args:
         tree: Any pytree of arrays.
@@ -107,6 +134,8 @@ def digest_leaves(tree: Any, extent: str = "auto") -> dict[str, Any]:
     Example:
         >>> digest_leaves({"w": np.zeros(2, np.float32)})["['w']"]
         'float32[2] af5570f5a1810b7a'
+        >>> digest_leaves({"step": np.int32(40)})["['step']"]
+        'int32[] 40'
     """
     leaves = leaves_with_paths(tree)
     size = sum(getattr(leaf, "nbytes", 0) for _, leaf in leaves)
@@ -142,6 +171,8 @@ def device_text(device: Any) -> str:
 
 def _digest(leaf: Any, most: int) -> str:
     array = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+    if array.ndim == 0 and array.dtype.kind in "iu":
+        return str(array)
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     digest = hashlib.sha256()
     if len(data) <= most:

@@ -21,6 +21,9 @@ class Leaving:
     Args:
         worth_waiting: Whether there is something to save.
 
+    Attributes:
+        raised: What a signal has raised, or None.
+
     Example:
         >>> try:
         ...     with Leaving(lambda: True):
@@ -36,6 +39,7 @@ class Leaving:
         self._worth_waiting = worth_waiting
         self._before: dict[int, Any] = {}
         self._signal: int | None = None
+        self.raised: BaseException | None = None
 
     @property
     def wanted(self) -> bool:
@@ -77,7 +81,11 @@ class Leaving:
 
     def _deliver(self, number: int, frame: FrameType | None) -> None:
         before = self._before[number]
-        if callable(before):
-            before(number, frame)
-        else:
-            raise SystemExit(128 + number)
+        try:
+            if callable(before):
+                before(number, frame)
+            else:
+                raise SystemExit(128 + number)
+        except BaseException as error:
+            self.raised = error
+            raise

@@ -11,7 +11,7 @@ import jax
 from jaxhandler.checkpointing.checkpoint import STATE, Checkpoint, check_checkpoint
 from jaxhandler.checkpointing.commits import Commit, Commits, commits_in
 from jaxhandler.checkpointing.identity import check_same, device_text, digest_leaves, key_text
-from jaxhandler.checkpointing.saver import Leg, Saver
+from jaxhandler.checkpointing.saver import Leg, Saver, unsaved
 from jaxhandler.data.fingerprints import fingerprint
 from jaxhandler.data.sinks import FileSink, Sink, check_resumable
 from jaxhandler.data.sources import Source
@@ -24,7 +24,7 @@ from jaxhandler.handlers.parts import Share
 from jaxhandler.handlers.program import Program
 from jaxhandler.handlers.run import Run
 from jaxhandler.handlers.steps import trace_step
-from jaxhandler.typing import Step
+from jaxhandler.typing import Callback, Progress, Step
 from jaxhandler.versions import versions
 
 __all__ = ["fold_durably"]
@@ -47,6 +47,10 @@ def fold_durably(
     What "auto" stood for when the run began stands for it again. A run that is complete goes
     through the same lines with nothing left to visit. A leg is a part of what somebody else keeps,
     who has seen to its identity.
+
+    What a callback raises does as a signal does: the macrobatch under way finishes without further
+    callbacks, all is committed, and then it is raised, unless nothing had begun that is not
+    committed yet. Any other error ends the run where it is.
 
     Args:
         program: The handler's program.
@@ -99,9 +103,10 @@ def fold_durably(
             check_same(stored, seen, checkpoint.ignored, str(folder))
             commit, sink = _taken_up(run, itertools.chain([commit], intact), out, blocks)
             commits.keep(commit.path)
+        at = commit.content.get("at", "") if commit is not None else ""
         # All that is needed of them has been copied.
         del commit, intact
-        with Saver(commits, checkpoint.every) as saver:
+        with Saver(commits, checkpoint.every, at) as saver:
             resolved = _settings(run)
             # A copy for each commit: the next one changes it while the thread still writes.
             content = lambda: {"identity": identity, "resolved": dict(resolved)}  # noqa: E731
@@ -138,11 +143,17 @@ def _fold(
     ends: bool,
 ) -> Result:
     """Folds, committing where nothing is under way; what ends with the run is waited for."""
-    saver, settling = leg.saver, False
+    saver, settling, options = leg.saver, False, run.options
+    run.options = options._replace(
+        on_macrobatch_start=_heard(saver, options.on_macrobatch_start, begins=True),
+        on_macrobatch_finish=_heard(saver, options.on_macrobatch_finish),
+    )
+    each = _heard(saver, run.program.on_batch_finish)
+    run.program = run.program._replace(on_batch_finish=each)
 
     def must_settle() -> bool:
         nonlocal settling
-        settling = saver.due()
+        settling = saver.due() or saver.stopped_by is not None
         return settling
 
     def finished(macrobatch: Finished) -> None:
@@ -159,6 +170,7 @@ def _fold(
             mark, files = sink.mark() if isinstance(sink, FileSink) else (None, [])
             content = {
                 **leg.content(),
+                "at": _place(run, macrobatch, ends=ends),
                 "visits": done,
                 "visits_per_epoch": run.num_visits,
                 "macrobatch_size": run.size,
@@ -175,16 +187,63 @@ def _fold(
             outputs = blocks[0] if run.program.outputs == "steps" else None
             trees = {**leg.trees, STATE: carry, _OUTPUTS: outputs}
             if settling or ends:
-                saver.save(content, trees, files, wait=complete and ends)
+                wait = saver.stopped_by is not None or (complete and ends)
+                saver.save(content, trees, files, wait=wait)
             else:
                 saver.rest(content, trees)
+        if saver.stopped_by is not None:
+            raise saver.stopped_by
         saver.leave()
 
-    run.must_settle = must_settle
-    result = consume(folding(run, sink), finished)
+    run.must_settle, result = must_settle, None
+    try:
+        result = consume(folding(run, sink), finished)
+    except Exception as error:
+        if saver.stopped_by is None or error is saver.stopped_by:
+            raise
+        saver.stopped_by.add_note(unsaved(error))
+    if result is None:
+        # Not from within, where what failed later would be its context.
+        assert saver.stopped_by is not None
+        raise saver.stopped_by
     if run.program.outputs != "steps":
         return result
     return result._replace(outputs=join(blocks))
+
+
+def _heard(saver: Saver, callback: Callback | None, *, begins: bool = False) -> Callback | None:
+    """Returns what calls a callback until one raises; where nothing is lost, that leaves at once.
+
+    Args:
+        saver: Keeps what was raised.
+        callback: As given.
+        begins: Whether nothing of the macrobatch has begun when it is called.
+    """
+    if callback is None:
+        return None
+
+    def call(progress: Progress) -> None:
+        if saver.stopped_by is not None:
+            return
+        try:
+            callback(progress)
+        except BaseException as error:
+            if saver.leaves(error):
+                raise
+            saver.stopped_by = error
+            if begins and not saver.behind:
+                raise
+
+    return call
+
+
+def _place(run: Run, macrobatch: Finished, *, ends: bool) -> str:
+    """Says where a run is after a macrobatch, as callbacks count; a leg is one epoch of many."""
+    visit = macrobatch.visit
+    rows, epochs = visit.before + visit.rows, run.options.epochs
+    number = visit.epoch + 1 - (run.options.first_epoch if ends else 0)
+    within = f"epoch {number}" if epochs > 1 or not ends else f"{run.num_rows:,}"
+    return f"row {rows:,} of {within}" if rows < run.num_rows else f"the end of epoch {number}"
 
 
 def _settings(run: Run) -> dict[str, Any]:

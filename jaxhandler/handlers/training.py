@@ -69,9 +69,12 @@ class TrainInfo(NamedTuple):
         report: Where the time of the run went.
 
     Example:
-        >>> info = TrainInfo(np.array([4.0, 1.0]), np.array([2.0, 1.0]), np.array([True, True]))
+        >>> report = RunReport(compute=1.0, rows=3)
+        >>> info = TrainInfo(np.array([4.0, 1.0]), np.array([2.0, 1.0]), np.ones(2, bool), report)
         >>> info.losses, round(info.loss, 3)
         (array([2., 1.]), 1.667)
+        >>> info
+        TrainInfo(3 rows in 2 steps, mean loss 1.6667, bound by compute)
     """
 
     total: Any
@@ -89,6 +92,20 @@ class TrainInfo(NamedTuple):
     def loss(self) -> Any:
         """The mean loss over all rows of all steps."""
         return merged(Mean(self.total, self.count), axis=-1)
+
+    def __repr__(self) -> str:
+        total, report = self.total, self.report
+        if not (isinstance(total, np.ndarray) and total.ndim and isinstance(report, RunReport)):
+            # What is traced, or stands for shapes, has no numbers.
+            return tuple.__repr__(self)
+        losses = np.atleast_1d(self.loss)
+        loss = f"{losses.min():.5g}"
+        if total.ndim > 1:
+            loss += f" to {losses.max():.5g} of {len(losses)} members"
+        return (
+            f"TrainInfo({report.rows:,} rows in {total.shape[-1]:,} steps, "
+            f"mean loss {loss}, bound by {report.bound_by})"
+        )
 
 
 def init_state(

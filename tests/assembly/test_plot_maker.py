@@ -108,7 +108,7 @@ def test_states_of_other_plots_are_refused():
 
 def test_matplotlib_is_asked_for_before_any_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
-    with pytest.raises(ImportError, match=r"pip install .jaxhandler\[plots\]"):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[plots\]"'):
         jh.plot_maker(VALUES)
 
 

@@ -151,7 +151,7 @@ def test_the_history_is_an_array_per_number():
     assert history["ended"] == "epochs"
     assert set(history) == {
         *("valid", "test", "loss", "batch_size", "learning_rate_scale", "seconds"),
-        *("best", "ended"),
+        *("best", "ended", "report"),
     }
     for name in METRICS:
         assert history["valid"][name].shape == history["test"][name].shape == (4,)
@@ -408,6 +408,14 @@ def test_a_frozen_model_ends_the_fit():
         result = fit(9, optimizer=optax.sgd(1e30), on_nonfinite="freeze")
     assert result.history["ended"] == "frozen"
     assert len(result.history["loss"]) < 9
+
+
+def test_the_report_of_each_epochs_training_is_told():
+    seen = []
+    result = fit(2, callbacks=[seen.append])
+    assert [at.report.rows for at in seen] == [len(SPLITS["train"])] * 2
+    assert result.history["report"] is seen[-1].report
+    assert fit(2, state=result.state).history["report"] is None
 
 
 def test_loggers_hear_of_each_macrobatch():

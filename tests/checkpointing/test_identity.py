@@ -40,10 +40,31 @@ def test_a_leaf_too_many_is_named():
         check_same({"state": {}}, {"state": {".params['v']": "float32[2] aa"}}, (), "run")
 
 
-def test_many_differences_are_counted():
-    seen = {"state": {f"[{place}]": "aa" for place in range(20)}}
-    with pytest.raises(ValueError, match="and 13 more"):
-        check_same({}, seen, (), "run")
+@pytest.mark.parametrize(("field", "named"), [("state", 3), ("versions", 8)])
+def test_many_differences_are_counted(field, named):
+    seen = {field: {f"[{place}]": "aa" for place in range(20)}, "tail": "pad"}
+    stored = {field: {f"[{place}]": "bb" for place in range(20)}, "tail": "drop"}
+    with pytest.raises(ValueError, match=rf"and {20 - named} more, tail|tail .* and") as caught:
+        check_same(stored, seen, (), "run")
+    assert str(caught.value).count("is stored") == named + 1
+
+
+@pytest.mark.parametrize(
+    ("seen", "words"),
+    [
+        ("int32[] 40", r"a state that has trained since (step 40 where 7 is stored)"),
+        ("int32[] 0", r"a state that has trained less (step 0 where 7 is stored)"),
+        ("int32[2] 67ab", "a state of another step"),
+    ],
+)
+@pytest.mark.parametrize("path", [".step", "[0].step"])
+def test_a_state_that_has_trained_since_is_told_in_words_first(seen, words, path):
+    stored = {"batch_size": 4, "state": {".params": "float32[] aa", path: "int32[] 7"}}
+    found = {"batch_size": 8, "state": {".params": "float32[] bb", path: seen}}
+    with pytest.raises(ValueError, match="in a loop of epochs one for each") as caught:
+        check_same(stored, found, (), "run")
+    assert str(caught.value).startswith(f"run: saw {words}, batch_size 8 where 4 is stored, state")
+    assert 'resume="ignore:batch_size,state"' in str(caught.value)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2**16])

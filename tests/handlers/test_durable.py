@@ -416,6 +416,15 @@ def test_other_parameters_or_another_place_are_refused(tmp_path):
         calculate(tmp_path, "other.npy", ONE)
 
 
+def test_the_state_of_the_epoch_before_is_refused_in_words(tmp_path):
+    state, _ = train(tmp_path, epochs=1)
+    with pytest.raises(ValueError, match="folder of its own, in a loop of epochs") as caught:
+        train(tmp_path, state=state, epochs=1)
+    assert "saw a state that has trained since (step 10 where 0 is stored), state" in str(
+        caught.value
+    )
+
+
 def test_fields_that_are_ignored_may_differ(tmp_path):
     train(tmp_path, epochs=2)
     kept = jh.checkpoint(tmp_path, every=0, resume="ignore:epochs")
@@ -564,7 +573,7 @@ def send(number, at):
 def test_a_signal_saves_before_it_ends_the_run(number, error, tmp_path):
     kept = jh.checkpoint(tmp_path, every="1h")
     before = signal.getsignal(number)
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         TRAINER.train_from_host(
             STATE, DATA, epochs=3, macrobatch_size=32, checkpoint=kept,
             on_macrobatch_start=send(number, 4),
@@ -572,17 +581,146 @@ def test_a_signal_saves_before_it_ends_the_run(number, error, tmp_path):
     assert signal.getsignal(number) == before
     # Of the macrobatch in which it came, two batches each, nothing is lost.
     assert jh.load_state(tmp_path)["step"] == 8
+    # The short macrobatch of 22 rows is one of the four.
+    assert caught.value.__notes__ == [
+        f"Saved in {tmp_path} at row 118 of epoch 1; the same call goes on from there."
+    ]
     assert not [each for each in threading.enumerate() if each.name.startswith("jaxhandler")]
     assert_same_run(train(checkpoint=kept), train())
 
 
 def test_a_signal_before_the_first_macrobatch_leaves_at_once(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         TRAINER.train_from_host(
             STATE, DATA, checkpoint=jh.checkpoint(tmp_path),
             on_macrobatch_start=send(signal.SIGINT, 1),
         )  # fmt: skip
     assert list(tmp_path.glob("commit-*")) == []
+    assert not hasattr(caught.value, "__notes__")
+
+
+def raise_at(number, seen, error=Stopped):
+    """A callback that notes each `Progress`, and raises at its n-th."""
+
+    def callback(progress):
+        seen.append(progress)
+        if len(seen) == number:
+            raise error
+
+    return callback
+
+
+def stopped_by(hook, number, folder, error=Stopped, **options):
+    """Trains with a callback that raises, and commits for no other reason; gives what it saw."""
+    seen, trainer = [], TRAINER
+    options |= {"checkpoint": jh.checkpoint(folder, every="1h")}
+    if hook == "on_batch_finish":
+        trainer = rebuilt(mode="loop", on_batch_finish=raise_at(number, seen, error))
+    else:
+        options[hook] = raise_at(number, seen, error)
+    with pytest.raises(error) as caught:
+        trainer.train_from_host(STATE, DATA, epochs=3, macrobatch_size=32, **options)
+    assert len(seen) == number
+    return caught.value, seen[-1]
+
+
+@pytest.mark.parametrize("mode", ["scan", "loop"])
+@pytest.mark.parametrize("hook", ["on_macrobatch_start", "on_macrobatch_finish"])
+def test_what_a_callback_raises_comes_when_all_is_committed(hook, mode, tmp_path):
+    error, last = stopped_by(hook, 7, tmp_path)
+    # Epochs of five macrobatches, of which the last has 22 rows.
+    assert (last.epoch, last.macrobatch) == (2, 2)
+    assert jh.load_state(tmp_path)["step"] == 14
+    assert error.__notes__ == [
+        f"Saved in {tmp_path} at row 64 of epoch 2; the same call goes on from there."
+    ]
+    assert error.__context__ is None
+    assert_same_run(train(tmp_path), train())
+
+
+def test_what_a_callback_of_batches_raises_comes_when_its_macrobatch_is_committed(tmp_path):
+    _, last = stopped_by("on_batch_finish", 13, tmp_path)
+    assert (last.epoch, last.macrobatch, last.batch) == (2, 2, 1)
+    assert jh.load_state(tmp_path)["step"] == 14
+    looping = rebuilt(mode="loop")
+    assert_same_run(train(tmp_path, looping), train(trainer=looping))
+
+
+def test_a_callback_may_end_the_process_and_all_is_committed(tmp_path):
+    stopped_by("on_macrobatch_finish", 4, tmp_path, SystemExit)
+    assert jh.load_state(tmp_path)["step"] == 8
+
+
+def test_where_nothing_is_lost_a_callback_stops_before_its_macrobatch(tmp_path):
+    stopped_by("on_macrobatch_start", 1, tmp_path)
+    assert list(tmp_path.glob("commit-*")) == []
+    train(tmp_path, epochs=1)
+    kept = jh.checkpoint(tmp_path, resume="ignore:epochs")
+    with pytest.raises(Stopped) as caught:
+        train(checkpoint=kept, stop=1)
+    assert jh.load_state(tmp_path)["step"] == 10
+    assert "at the end of epoch 1" in caught.value.__notes__[0]
+
+
+def test_a_callback_that_raises_at_the_end_leaves_a_complete_run(tmp_path):
+    stopped_by("on_macrobatch_finish", 15, tmp_path)
+    again = train(tmp_path)
+    assert again[1].report.rows == 0
+    assert_same_run(again, train())
+
+
+@pytest.mark.parametrize("name", ["out.npy", "out.zarr"])
+def test_outputs_until_a_callback_raised_are_kept(name, tmp_path):
+    seen = []
+    kept = jh.checkpoint(tmp_path / "kept", every="1h")
+    options = {"out": tmp_path / name, "macrobatch_size": 32, "checkpoint": kept}
+    with pytest.raises(Stopped) as caught:
+        ONE.calc_from_host(
+            jnp.float32(2), DATA, on_macrobatch_finish=raise_at(2, seen), **options
+        )  # fmt: skip
+    assert "at row 64 of 150;" in caught.value.__notes__[0]
+    out = ONE.calc_from_host(jnp.float32(2), DATA, on_macrobatch_finish=seen.append, **options)
+    assert [progress.macrobatch for progress in seen] == [1, 2, 3, 4, 5]
+    np.testing.assert_allclose(out.read(0, len(X)), np.sin(2 * X), rtol=1e-5)
+
+
+def test_what_a_callback_raised_is_not_lost_to_a_disk_that_is_full(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    error, _ = stopped_by("on_macrobatch_finish", 2, tmp_path)
+    [note] = error.__notes__
+    assert "could not be saved: OSError: [Errno 28] No space left" in note
+    monkeypatch.undo()
+    assert_same_run(train(tmp_path), train())
+
+
+def test_a_second_ctrl_c_does_not_wait_for_what_a_callback_raised(tmp_path):
+    def twice(progress):
+        if progress.macrobatch == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(checkpoint=jh.checkpoint(tmp_path, every="1h"), on_macrobatch_finish=twice)
+    assert list(tmp_path.glob("commit-*")) == []
+
+
+def test_an_error_of_a_source_commits_nothing_more(tmp_path):
+    class Broken:
+        shape, dtype = X.shape, X.dtype
+
+        def __getitem__(self, rows):
+            if rows.start >= 96:
+                raise Stopped
+            return X[rows]
+
+    kept = jh.checkpoint(tmp_path, every="1h")
+    with pytest.raises(Stopped) as caught:
+        train(data={**DATA, "x": Broken()}, shuffle=None, checkpoint=kept, epochs=1)
+    assert list(tmp_path.glob("commit-*")) == []
+    assert not any("Saved" in note for note in getattr(caught.value, "__notes__", ()))
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")

@@ -55,6 +55,25 @@ def test_training_equals_a_loop_by_hand(mode, tail, accumulate):
     assert (int(state.step), int(state.epoch)) == (14, 2)
 
 
+def test_the_repr_of_many_steps_is_one_line():
+    tr = jh.trainer(errors, optax.sgd(0.01), batch_size=2)
+    _, info = tr.train_from_host(start(tr), DATA)
+    assert repr(info) == (
+        f"TrainInfo(203 rows in 102 steps, mean loss {info.loss:.5g}, "
+        f"bound by {info.report.bound_by})"
+    )
+    shapes = jax.eval_shape(lambda: info._replace(report=()))
+    assert repr(shapes).startswith("TrainInfo(total=ShapeDtypeStruct")
+
+
+def test_the_repr_for_an_ensemble_spans_its_losses():
+    many = jh.ensemble(jh.trainer(errors, optax.sgd(0.01), batch_size=64), members=2)
+    params = {"w": jnp.zeros((2, 4)), "b": jnp.array([0.0, 3.0])}
+    _, info = many.train_from_host(many.init(params, key=jax.random.key(0)), DATA)
+    low, high = sorted(info.loss)
+    assert f"4 steps, mean loss {low:.5g} to {high:.5g} of 2 members" in repr(info)
+
+
 def test_micro_batches_need_the_memory_of_one():
     def loss_fn(params, x):
         for w in params:

@@ -332,7 +332,7 @@ def test_a_library_that_is_missing_is_named_with_the_extra_that_brings_it(
 ):
     path = LIBRARIES[library](tmp_path, columns())
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ImportError, match=r'pip install "jaxhandler\[io\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[io\]"'):
         jh.open_source(path)
 
 

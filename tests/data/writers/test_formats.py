@@ -252,5 +252,5 @@ def test_outputs_without_a_leaf_are_refused(ending, tmp_path):
 @pytest.mark.parametrize("ending", [ending for ending, form in FORMATS.items() if form.requires])
 def test_a_library_that_is_missing_is_named_with_its_extra(ending, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, FORMATS[ending].requires, None)
-    with pytest.raises(ImportError, match=r'out: saw no \w+ .*pip install "jaxhandler\[io\]"'):
+    with pytest.raises(ImportError, match=r'out: saw no \w+ .*pip install -e "\.\[io\]"'):
         check_sink(tmp_path / f"rows{ending}")
