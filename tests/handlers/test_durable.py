@@ -669,6 +669,25 @@ def test_a_callback_that_raises_at_the_end_leaves_a_complete_run(tmp_path):
     assert_same_run(again, train())
 
 
+def test_a_loop_of_epochs_with_a_folder_for_each_ends_as_one_that_was_not_stopped(tmp_path):
+    def loop(folder, stop=None):
+        state, visited = STATE, []
+        for epoch in range(3):
+            kept = jh.checkpoint(folder / str(epoch), every="1h")
+            state, info = TRAINER.train_from_host(
+                state, DATA, macrobatch_size=32, checkpoint=kept,
+                on_macrobatch_finish=raise_at(stop, visited),
+            )  # fmt: skip
+        return (state, info), len(visited)
+
+    whole, _ = loop(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        loop(tmp_path / "kept", stop=8)
+    again, visited = loop(tmp_path / "kept")
+    assert_same_run(again, whole)
+    assert visited == 3 * 5 - 8
+
+
 @pytest.mark.parametrize("name", ["out.npy", "out.zarr"])
 def test_outputs_until_a_callback_raised_are_kept(name, tmp_path):
     seen = []
