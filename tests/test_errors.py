@@ -1,5 +1,7 @@
 """Messages have one form, and numbers and choices are checked in one way."""
 
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -56,3 +58,11 @@ def test_any_other_choice_is_refused_with_those_offered(value):
 def test_a_loss_that_is_not_finite_can_be_caught_as_a_floating_point_error():
     with pytest.raises(FloatingPointError):
         raise jh.NonFiniteError("loss")
+
+
+def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    report = jh.RunReport(timeline=(("read", 0.0, 1.0),))
+    match = r'plot: saw no matplotlib .*`pip install -e "\.\[plots\]"` in a clone'
+    with pytest.raises(ImportError, match=match):
+        report.plot()

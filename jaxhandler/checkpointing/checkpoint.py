@@ -58,8 +58,8 @@ def checkpoint(
     completed returns its result without work. Otherwise the run begins.
 
     State, order and results so far are committed between macrobatches, in a thread of its own, and
-    once more when SIGTERM, Ctrl-C or what a callback raises ends the run. A commit is whole or absent whenever the process
-    dies. Losing power is another matter: disks may lie.
+    once more when SIGTERM, Ctrl-C or what a callback raises ends the run. A commit is whole or
+    absent whenever the process dies. Losing power is another matter: disks may lie.
 
     Args:
         directory: A folder for this one run; made if there is none. Each call needs its own.

@@ -97,7 +97,7 @@ class TrainInfo(NamedTuple):
         total, report = self.total, self.report
         if not (isinstance(total, np.ndarray) and total.ndim and isinstance(report, RunReport)):
             # What is traced, or stands for shapes, has no numbers.
-            return tuple.__repr__(self)
+            return f"TrainInfo{tuple.__repr__(self)}"
         losses = np.atleast_1d(self.loss)
         loss = f"{losses.min():.5g}"
         if total.ndim > 1:

@@ -63,7 +63,7 @@ def test_the_repr_of_many_steps_is_one_line():
         f"bound by {info.report.bound_by})"
     )
     shapes = jax.eval_shape(lambda: info._replace(report=()))
-    assert repr(shapes).startswith("TrainInfo(total=ShapeDtypeStruct")
+    assert repr(shapes).startswith("TrainInfo(ShapeDtypeStruct")
 
 
 def test_the_repr_for_an_ensemble_spans_its_losses():
