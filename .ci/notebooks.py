@@ -1,4 +1,4 @@
-"""Writes each example beside its script as a notebook without outputs.
+"""Writes each example beside its script as a notebook without outputs, for Colab.
 
     python .ci/notebooks.py            # write examples/*.ipynb
     python .ci/notebooks.py --check    # only say which of them are not as their scripts
@@ -14,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+# By its folder, not by a name: there is no release, and anybody could publish one by that name.
+INSTALL = (
+    "# In the folder `examples` of a clone of jaxhandler; in Colab, bring one there first.\n"
+    '%pip install -q "..[examples]"'
+)
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -35,7 +40,7 @@ def cells(script: str) -> list[tuple[str, str]]:
             kind = "markdown"
             text = "\n".join(line[1:].removeprefix(" ") for line in text.splitlines())
         found.append((kind, text))
-    return [cell for cell in found if cell[1]]
+    return [("code", INSTALL), *(cell for cell in found if cell[1])]
 
 
 def notebook(script: str) -> str:

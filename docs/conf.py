@@ -11,6 +11,7 @@ The pages are plain Markdown that reads well on GitHub. This file adds three thi
 
 import importlib.metadata
 import importlib.util
+import json
 import re
 import shutil
 from pathlib import Path
@@ -79,7 +80,10 @@ def write_examples(app: Sphinx) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for script in sorted((ROOT / "examples").glob("*.py")):
-        (folder / f"{script.stem}.ipynb").write_text(notebooks.notebook(script.read_text()))
+        content = json.loads(notebooks.notebook(script.read_text()))
+        # The first cell installs jaxhandler, which is there.
+        del content["cells"][0]
+        (folder / f"{script.stem}.ipynb").write_text(json.dumps(content))
 
 
 def run_python(app: Sphinx, docname: str, source: list[str]) -> None:

@@ -56,6 +56,7 @@ c = "# %%"
 
 def test_cells_of_a_script(notebooks: ModuleType) -> None:
     assert notebooks.cells(SCRIPT) == [
+        ("code", notebooks.INSTALL),
         ("markdown", "Title.\n\nMore."),
         ("code", "import a"),
         ("markdown", "# Head\n\ntext"),
@@ -66,6 +67,6 @@ def test_cells_of_a_script(notebooks: ModuleType) -> None:
 def test_notebook_is_stripped_and_the_same_each_time(notebooks: ModuleType) -> None:
     text = notebooks.notebook("# %%\na = 1\n# %%\nb = 'µ'\n")
     content = json.loads(text)
-    assert [cell["id"] for cell in content["cells"]] == ["cell-0", "cell-1"]
+    assert [cell["id"] for cell in content["cells"]] == ["cell-0", "cell-1", "cell-2"]
     assert all(cell["outputs"] == [] for cell in content["cells"])
     assert "µ" in text
