@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
@@ -25,6 +25,9 @@ _SECONDS = 0.5
 _HOPELESS = 4
 _MARGIN = 0.97
 
+# What may call the user's code on the host, or never end, besides what has effects.
+_NOT_TRIED = {"pure_callback", "while"}
+
 
 class Strategies:
     """Gives the strategy of a call: the one asked for, or the fastest of a short trial.
@@ -32,8 +35,11 @@ class Strategies:
     A trial compiles each candidate and runs it on made-up numbers, the candidates by turns, for
     half a second at most. The shortest time wins; that of `vmap` unless another beats it by 3 %.
     Candidates are `vmap`, a map of single members and one of about ten at a time. There is no trial
-    for one member, nor for arguments of more than 256 MiB, which it would hold twice: then it is
-    `vmap`. And no convolution is tried inside a map on CPU, where XLA slows it down threefold.
+    for one member, nor for arguments of more than 256 MiB, which it would hold twice, nor for a
+    function that calls the host (`pure_callback`, `io_callback`, `jax.debug.print`), which would
+    hear of made-up rows, or that contains a `while_loop`, which made-up numbers may never end: then
+    it is `vmap`. And no convolution is tried inside a map on CPU, where XLA slows it down
+    threefold.
 
     Args:
         strategy: "auto", or one of `names`.
@@ -114,7 +120,12 @@ class Strategies:
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(numbers))
         if not trial or members == 1 or size > _LARGEST_ARGS:
             return _VMAP
-        slow = jax.default_backend() == "cpu" and convolves(jax.make_jaxpr(make(_VMAP))(*specs))
+        jaxpr = jax.make_jaxpr(make(_VMAP))(*specs)
+        names = set(_primitives(jaxpr.jaxpr))
+        if jaxpr.effects or names & _NOT_TRIED:
+            self.chosen[key] = _VMAP
+            return _VMAP
+        slow = jax.default_backend() == "cpu" and "conv_general_dilated" in names
 
         def plan(strategy: Strategy) -> Callable[..., Any]:
             fn = make(strategy)
@@ -130,6 +141,17 @@ class Strategies:
             self.chosen[key] = _fastest(rivals, jax.tree.map(_made_up, numbers))
         self.trials.clear()
         return self.chosen[key]
+
+
+def _primitives(jaxpr: Any) -> Iterator[str]:
+    """Yields the names of a jaxpr's primitives, and of those in the jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+                yield from _primitives(inner)
 
 
 def _fastest(rivals: dict[Strategy, Callable[..., Any]], args: tuple[Any, ...]) -> Strategy:

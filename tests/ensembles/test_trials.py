@@ -1,12 +1,12 @@
 """Trials: asked once for each kind of call, counted apart, and never where they would harm."""
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 
+import jaxhandler as jh
 from jaxhandler.ensembles.strategies import Strategy, over_members
 from jaxhandler.ensembles.trials import Strategies
 
@@ -21,6 +21,12 @@ def maker(fn=jnp.sin, made=None):
         return over_members(fn, (0,), 0, strategy, 20)
 
     return make
+
+
+def slow(x):
+    """Gives `x`, after some 10 ms of work that cannot be left out."""
+    busy = jax.lax.fori_loop(0, 200_000, lambda _, y: jnp.sin(y), x)
+    return jnp.where(busy > 2, 0, x)
 
 
 ARGS = (np.ones((20, 3), np.float32),)
@@ -51,12 +57,7 @@ def test_the_fastest_wins():
     def make(strategy):
         run = over_members(jnp.sin, (0,), 0, strategy, 20)
 
-        def slowed(x):
-            if strategy != Strategy("map", 1):
-                jax.debug.callback(lambda: time.sleep(0.02))
-            return run(x)
-
-        return slowed
+        return run if strategy == Strategy("map", 1) else lambda x: run(slow(x))
 
     assert Strategies("auto", None, NAMES).choose("kind", make, ARGS, 20) == Strategy("map", 1)
 
@@ -68,8 +69,7 @@ def test_a_loop_is_tried_where_there_is_one():
         looped.append(x.shape)
         return x
 
-    make = lambda strategy: lambda x: jax.debug.callback(lambda: time.sleep(0.02)) or x  # noqa: E731
-    found = Strategies("auto", None, NAMES).choose("kind", make, ARGS, 20, loop=loop)
+    found = Strategies("auto", None, NAMES).choose("kind", lambda _: slow, ARGS, 20, loop=loop)
     assert found == Strategy("loop")
     assert looped
 
@@ -117,6 +117,71 @@ def test_a_convolution_is_not_tried_inside_a_map_on_cpu():
     args = (np.ones((20, 1, 3, 4, 4), np.float32),)
     assert Strategies("auto", None, NAMES).choose("kind", maker(conv, made), args, 20) == VMAP
     assert set(made) == {VMAP}
+
+
+def _pure(x):
+    return jax.pure_callback(_heard, x, x, vmap_method="expand_dims")
+
+
+def _io(x):
+    return io_callback(_heard, x, x)
+
+
+def _printed(x):
+    jax.debug.print("{x}", x=x)
+    return x
+
+
+def _heard(x):
+    HEARD.append(np.ravel(x).tolist())
+    return np.asarray(x)
+
+
+HEARD = []
+ROWS = jnp.array([7.0, 8.0])
+
+
+@pytest.mark.parametrize("call", [_pure, jax.checkpoint(_pure), _io, jax.jit(_io), _printed])
+def test_what_calls_the_host_is_not_tried_and_the_host_hears_of_no_made_up_rows(call, capsys):
+    HEARD.clear()
+    apply_fn = lambda w, x: w * call(x)  # noqa: E731
+    calculator = jh.ensemble(jh.calculator(apply_fn), members=3)
+    many = jh.batch_models(apply_fn, in_axes=None)
+    expected = [[7, 8], [14, 16], [21, 24]]
+    w = jnp.array([1.0, 2.0, 3.0])
+    np.testing.assert_array_equal(calculator.calc(w, ROWS), expected)
+    np.testing.assert_array_equal(many(w, ROWS), expected)
+    jax.effects_barrier()
+    heard = {str(row) for rows in HEARD for row in rows}
+    assert heard | set(capsys.readouterr().out.split()) in ({"7.0", "8.0"}, {"[7.", "8.]"})
+    for strategies in (calculator.program.strategies, many.strategies):
+        assert set(strategies.chosen.values()) == {VMAP}
+        assert strategies.trials.stats().compiles == 0
+
+
+def _root(w, x):
+    """Newton's iteration, which ends for no negative number."""
+    far = lambda y: jnp.abs(y * y - w) > 1e-3  # noqa: E731
+    return jax.lax.while_loop(far, lambda y: 0.5 * (y + w / y), jnp.float32(1)) * x
+
+
+def test_loops_that_made_up_numbers_may_never_end_are_not_tried():
+    # Were it tried, this would not end.
+    calculator = jh.ensemble(jh.calculator(_root), members=20)
+    w = jnp.full(20, 4.0)
+    np.testing.assert_allclose(calculator.calc(w, jnp.ones(1)), np.full((20, 1), 2), rtol=1e-3)
+    many = jh.batch_models(_root, in_axes=None)
+    np.testing.assert_allclose(many(w, jnp.ones(1)), np.full((20, 1), 2), rtol=1e-3)
+    assert set(calculator.program.strategies.chosen.values()) == {VMAP}
+    assert many.strategies.trials.stats().compiles == 0
+
+
+def test_loops_of_a_known_length_are_tried():
+    strategies = Strategies("auto", None, NAMES)
+    strategies.choose(
+        "kind", maker(lambda x: jax.lax.fori_loop(0, 3, lambda _, y: 2 * y, x)), ARGS, 20
+    )
+    assert strategies.trials.stats().compiles == 3
 
 
 def test_a_pinned_strategy_is_what_was_asked_for():
