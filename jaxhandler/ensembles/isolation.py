@@ -1,6 +1,5 @@
 """Shows on the user's own step that members do not leak: one is changed, the others must not be."""
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from jaxhandler.trees import is_key, leaves_with_paths
 
 __all__ = ["check_isolation"]
 
-_FEW = 4
+_NAMED = 4
 _LEAK = (
     "A mean, a norm or a condition is taken over all members. Optimisers that look at the whole "
     "tree do so when they run on the stacked one (clip_by_global_norm, adaptive_grad_clip, lars, "
@@ -33,13 +32,16 @@ def check_isolation(
 ) -> None:
     """Refuses a step in which one member's numbers reach another member's.
 
-    Some steps are taken, then taken again with one member changed: what comes out for all others
-    must be the same, bit for bit. The first, the middle and the last member are changed in turn,
-    all of them if there are four or fewer: its floats to other values of their own size, to huge
-    ones, to NaN and to infinity (global-norm clipping leaks only above its threshold,
-    `apply_if_finite` only by NaN); its whole numbers, bools and random keys to the next ones and to
-    far ones; then its own part of the batch. Several steps are taken because some optimisers leak
-    from the second on.
+    Some steps are taken, then taken again with some members changed: what comes out for all others
+    must be the same, bit for bit. Few members are changed one by one. Many are changed by halves,
+    those whose number has a bit set and then those where it is not, bit by bit: after about
+    `2 log2(E)` halves each member has been compared while any other was changed. Where something
+    differs, halves of halves tell which member did it.
+
+    Floats are changed to other values of their own size, to huge ones, to zero, to NaN and to
+    infinity (global-norm clipping leaks only above its threshold, `apply_if_finite` only by NaN);
+    whole numbers, bools and random keys to the next ones and to far ones; then the members' own
+    part of the batch. Several steps are taken because some optimisers leak from the second on.
 
     Leaves of the state that lead with `E` are per member. Others are shared, and must not depend on
     any member: a step counter may change, a norm over all members may not. Outputs that lead with
@@ -58,7 +60,8 @@ def check_isolation(
 
     Raises:
         IsolationError: If a member, or a shared leaf, depends on another member; names the leaf,
-            the member, the one that was changed and how, and the remedy.
+            the member, the one that was changed (or those, where it takes several) and how, and the
+            remedy.
         TypeError: If `step` does not return a pair, or a count is no whole number.
         ValueError: If `E` cannot be told or is 1, the state changes its form, the step gives
             other bits when it is repeated, or makes all members NaN: then nothing can be compared.
@@ -83,7 +86,7 @@ def check_isolation(
     _check_step(step, state, batch)
     # A function of its own: what is compiled for `step` itself would outlive the check.
     run = jax.jit(lambda state, batch: step(state, batch))
-    chosen = sorted({0, members // 2, members - 1}) if members > _FEW else range(members)
+    groups = _groups(members)
 
     # NaN is put in on purpose: nobody who looks for it wants to hear of it.
     with jax.debug_nans(False), jax.debug_infs(False):
@@ -91,23 +94,61 @@ def check_isolation(
         again = list(_steps(run, state, batch, steps, members))
         _check_comparable(base, again)
         for change in _CHANGES:
-            tree, axis = (batch, batch_axis) if change.of_batch else (state, 0)
-            for member in chosen:
-                changed = _changed(tree, change, member, members, axis)
+            axis = batch_axis if change.of_batch else 0
+
+            def leaks(
+                group: list[int], change: _Change = change, axis: Any = axis
+            ) -> _Found | None:
+                tree = batch if change.of_batch else state
+                changed = _changed(tree, change, group, members, axis)
                 if changed is None:
-                    continue
+                    return None
                 pair = (state, changed) if change.of_batch else (changed, batch)
-                for number, (before, after) in enumerate(
-                    zip(base, _steps(run, *pair, steps, members), strict=True), 1
-                ):
-                    leaks = sorted(_leaks(before, after, member))
-                    if leaks:
-                        where = f"{change.what}, step {number} of {steps}"
-                        raise IsolationError(_message(leaks, member, where, change.of_batch))
+                after = _steps(run, *pair, steps, members)
+                for number, leaves in enumerate(zip(base, after, strict=True), 1):
+                    if found := sorted(_leaks(*leaves, group)):
+                        return _Found(group, number, found)
+                return None
+
+            for group in groups:
+                if found := leaks(group):
+                    found = _narrowed(found, leaks)
+                    where = f"{change.what}, step {found.step} of {steps}"
+                    raise IsolationError(_message(found, where, change.of_batch))
+
+
+class _Found(NamedTuple):
+    """What differed although it was of none of the members changed, and at which step."""
+
+    group: list[int]
+    step: int
+    leaks: list[tuple[bool, int, str, int]]
+
+
+def _groups(members: int) -> list[list[int]]:
+    """The members to change together, so that of any two each is changed once without the other."""
+    bits = (members - 1).bit_length()
+    if members <= 2 * bits:
+        return [[member] for member in range(members)]
+    return [
+        [member for member in range(members) if (member >> bit) % 2 == value]
+        for bit in range(bits)
+        for value in (1, 0)
+    ]
+
+
+def _narrowed(found: _Found, leaks: Callable[[list[int]], _Found | None]) -> _Found:
+    """Changes fewer and fewer, down to one member if it takes no more."""
+    while len(group := found.group) > 1:
+        half = leaks(group[: len(group) // 2]) or leaks(group[len(group) // 2 :])
+        if half is None:
+            break
+        found = half
+    return found
 
 
 class _Change(NamedTuple):
-    """One way to change a member: what makes a new row of an old one, for floats and for others."""
+    """One way to change members: what makes new rows of old ones, for floats and for others."""
 
     what: str
     floats: Callable[[np.ndarray, np.random.Generator], Any] | None = None
@@ -115,29 +156,35 @@ class _Change(NamedTuple):
     of_batch: bool = False
 
 
-def _other_values(row: np.ndarray, rng: np.random.Generator) -> Any:
+def _other_values(rows: np.ndarray, rng: np.random.Generator) -> Any:
     # Of the sign and the size that they had, for second moments and learning rates; never close.
-    return row * rng.uniform(1.25, 1.75, row.shape) + rng.uniform(0.25, 0.75, row.shape)
+    return rows * rng.uniform(1.25, 1.75, rows.shape) + rng.uniform(0.25, 0.75, rows.shape)
 
 
-def _next(row: np.ndarray) -> Any:
-    return ~row if row.dtype == bool else row + row.dtype.type(1)
+def _next(rows: np.ndarray) -> Any:
+    return ~rows if rows.dtype == bool else rows + rows.dtype.type(1)
 
 
-def _far(row: np.ndarray) -> Any:
+def _far(rows: np.ndarray) -> Any:
     # Every other bit: one more or less of a random key is lost where it is added to floats.
-    return ~row if row.dtype == bool else row ^ row.dtype.type(int(jnp.iinfo(row.dtype).max) // 3)
+    return ~rows if rows.dtype == bool else rows ^ rows.dtype.type(jnp.iinfo(rows.dtype).max // 3)
+
+
+def _all(value: float) -> Callable[[np.ndarray, np.random.Generator], Any]:
+    return lambda rows, _: np.full_like(rows, value)
 
 
 _CHANGES = (
     _Change("other values in the floats of its state", _other_values),
-    _Change("huge floats in its state", lambda row, rng: 1e4 * _other_values(row, rng)),
-    _Change("NaN in its state", lambda row, _: np.full_like(row, np.nan)),
-    _Change("infinity in its state", lambda row, _: np.full_like(row, np.inf)),
+    _Change("huge floats in its state", lambda rows, rng: 1e4 * _other_values(rows, rng)),
+    _Change("zeros in the floats of its state", _all(0)),
+    _Change("NaN in its state", _all(np.nan)),
+    _Change("infinity in its state", _all(np.inf)),
     _Change("other whole numbers, bools and keys in its state", others=_next),
     _Change("far other whole numbers, bools and keys in its state", others=_far),
     _Change("other values in its part of the batch", _other_values, _next, of_batch=True),
-    _Change("NaN in its part of the batch", lambda row, _: np.full_like(row, np.nan), None, True),
+    _Change("zeros in the floats of its part of the batch", _all(0), of_batch=True),
+    _Change("NaN in its part of the batch", _all(np.nan), of_batch=True),
 )
 
 
@@ -211,53 +258,57 @@ def _check_comparable(base: list[Any], again: list[Any]) -> None:
             raise ValueError(explain(f"step's {path}", fix=fix, **forms))
 
 
-def _changed(tree: Any, change: _Change, member: int, members: int, axis: int | None) -> Any:
-    """Returns the tree with one member changed, or None if the change finds nothing to change."""
-    rng = np.random.default_rng(member)
+def _changed(tree: Any, change: _Change, group: list[int], members: int, axis: int | None) -> Any:
+    """Returns the tree with some members changed, or None if the change finds nothing to change."""
+    rng = np.random.default_rng(group[0])
     leaves, structure = jax.tree.flatten(tree)
-    rows: dict[int, Any] = {}
+    values: dict[int, np.ndarray] = {}
     for place, leaf in enumerate(leaves):
         if axis is not None and jnp.shape(leaf)[axis : axis + 1] == (members,):
-            row = _changed_row(np.asarray(_data(leaf)).take(member, axis), change, rng)
-            rows |= {} if row is None else {place: row}
-    if not rows:
+            value = np.array(_data(leaf))
+            index = (*[slice(None)] * axis, group)
+            rows = _changed_rows(value[index], change, rng)
+            if rows is not None:
+                value[index] = rows
+                values[place] = value
+    if not values:
         return None
-    changed = _put([leaves[place] for place in rows], list(rows.values()), member, axis)
-    for place, new in zip(rows, changed, strict=True):
+    changed = _put([leaves[place] for place in values], list(values.values()))
+    for place, new in zip(values, changed, strict=True):
         old = leaves[place]
         is_placed = isinstance(old, jax.Array) and old.committed
         leaves[place] = jax.device_put(new, old.sharding) if is_placed else new
     return structure.unflatten(leaves)
 
 
-def _changed_row(row: Any, change: _Change, rng: np.random.Generator) -> Any:
+def _changed_rows(rows: np.ndarray, change: _Change, rng: np.random.Generator) -> Any:
     with np.errstate(all="ignore"):
-        if not jnp.issubdtype(row.dtype, jnp.inexact):
-            return change.others and change.others(row)
-        wide = row.astype(np.promote_types(row.dtype, np.float32))
-        return change.floats and change.floats(wide, rng).astype(row.dtype)
+        if not jnp.issubdtype(rows.dtype, jnp.inexact):
+            return change.others and change.others(rows)
+        wide = rows.astype(np.promote_types(rows.dtype, np.float32))
+        return change.floats and change.floats(wide, rng).astype(rows.dtype)
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-def _put(leaves: list[Any], rows: list[Any], member: Any, axis: int) -> list[Any]:
-    """Sets a member's rows; `at` keeps weak types, and with them what the step promotes to."""
+@jax.jit
+def _put(leaves: list[Any], values: list[Any]) -> list[Any]:
+    """Sets all values; `at` keeps weak types, and with them what the step promotes to."""
 
-    def put(leaf: Any, row: Any) -> jax.Array:
+    def put(leaf: Any, value: Any) -> jax.Array:
         if is_key(leaf):
-            row = jax.random.wrap_key_data(row, impl=jax.random.key_impl(leaf))
-        return leaf.at[(*[slice(None)] * axis, member)].set(row)
+            value = jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
+        return leaf.at[...].set(value)
 
-    return jax.tree.map(put, leaves, rows)
+    return jax.tree.map(put, leaves, values)
 
 
 def _leaks(
-    before: list[_Leaf], after: list[_Leaf], member: int
+    before: list[_Leaf], after: list[_Leaf], group: list[int]
 ) -> Iterator[tuple[bool, int, str, int]]:
-    """Yields what differs, but for the member changed: whether shared, its place, path, member."""
+    """Yields what differs, but for the members changed: whether shared, its place, path, member."""
     for place, (leaf, other) in enumerate(zip(before, after, strict=True)):
         if leaf.is_own:
             bits = other.bits.copy()
-            bits[member] = leaf.bits[member]
+            bits[group] = leaf.bits[group]
             if bits.tobytes() != leaf.bits.tobytes():
                 rows = zip(bits, leaf.bits, strict=True)
                 number = next(i for i, (a, b) in enumerate(rows) if a.tobytes() != b.tobytes())
@@ -266,18 +317,23 @@ def _leaks(
             yield True, place, leaf.path, -1
 
 
-def _message(
-    leaks: list[tuple[bool, int, str, int]], member: int, where: str, of_batch: bool
-) -> str:
-    shared, _, path, number = leaks[0]
+def _message(found: _Found, where: str, of_batch: bool) -> str:
+    shared, _, path, number = found.leaks[0]
     what = "this shared leaf" if shared else f"member {number}"
-    more = f", and {len(leaks) - 1} more leaves with it" if len(leaks) > 1 else ""
-    seen = f"{what} change when only member {member} was changed ({where}){more}"
+    more = f", and {len(found.leaks) - 1} more leaves with it" if len(found.leaks) > 1 else ""
+    seen = f"{what} change when only {_names(found.group)} changed ({where}){more}"
     expected = "a shared leaf to depend on no member" if shared else "the same bits as without"
     fix = _LEAK
     if of_batch:
         fix = f"If members share these rows, pass batch_axis=None. {_LEAK}"
     return explain(path, seen=seen, expected=expected, fix=fix)
+
+
+def _names(group: list[int]) -> str:
+    if len(group) == 1:
+        return f"member {group[0]} was"
+    named = ", ".join(map(str, group[:_NAMED]))
+    return f"members {named}{f' and {len(group) - _NAMED} others' * (len(group) > _NAMED)} were"
 
 
 def _data(leaf: Any) -> Any:

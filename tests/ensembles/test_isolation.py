@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jaxhandler as jh
+from jaxhandler.ensembles.isolation import _groups
 
 E = 3
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.float32)
@@ -110,6 +111,7 @@ LEAKS = {
     "NaN only": lambda w: shifted(w, jnp.where(jnp.isnan(w).any(), 1.0, 0.0)),
     "infinity only": lambda w: shifted(w, jnp.where(jnp.isinf(w).any(), 1.0, 0.0)),
     "large numbers only": lambda w: shifted(w, jnp.where((w > 1e3) & (w < 1e9), w, 0.0).sum()),
+    "small numbers only": lambda w: shifted(w, jnp.where((abs(w) < 1e-3).any(), 1.0, 0.0)),
     "zero times NaN": lambda w: shifted(w, 0 * w.sum()),
     "the last bit": lambda w: (
         shifted(w, 0.0).at[0, 0].multiply(jnp.where(w[3, 0] > 10.5, 1 + 1.2e-7, 1.0))
@@ -227,10 +229,35 @@ def test_any_dtype_is_changed_and_compared(dtype):
         jh.check_isolation(roll, w, None)
 
 
-def test_many_members_are_checked_by_the_first_the_middle_and_the_last():
-    leak = lambda w, _: (w.at[7].add(w[50] * 1e-3), None)  # noqa: E731
-    with pytest.raises(jh.IsolationError, match="member 7 change when only member 50 was changed"):
-        jh.check_isolation(leak, jnp.ones(100), None)
+@pytest.mark.parametrize(("members", "other"), [(6, 1), (6, 5), (7, 3), (100, 3), (100, 50)])
+def test_any_member_that_reaches_any_other_is_found_and_named(members, other):
+    leak = lambda w, _: (w.at[2].add(w[other] * 1e-3), None)  # noqa: E731
+    match = f"member 2 change when only member {other} was changed"
+    with pytest.raises(jh.IsolationError, match=match):
+        jh.check_isolation(leak, jnp.ones(members), None)
+
+
+def test_of_any_two_members_each_is_changed_without_the_other():
+    for members in range(2, 70):
+        groups = _groups(members)
+        apart = {(i, j) for group in groups for i in group for j in set(range(members)) - {*group}}
+        assert len(apart) == members * (members - 1)
+        assert len(groups) <= 2 * np.ceil(np.log2(members))
+
+
+def test_members_that_leak_only_together_are_named_together():
+    def step(w, _):
+        return w.at[0].add(jnp.where((w[jnp.array([3, 7])] > 2).all(), 1.0, 0.0)), None
+
+    match = "member 0 change when only members 1, 3, 5, 7 and 1 others were changed"
+    with pytest.raises(jh.IsolationError, match=match):
+        jh.check_isolation(step, jnp.ones(10), None)
+
+
+def test_zeros_in_the_batch_are_tried():
+    step = lambda w, x: (w * jnp.where((x == 0).any(), 2.0, 3.0), None)  # noqa: E731
+    with pytest.raises(jh.IsolationError, match="zeros in the floats of its part of the batch"):
+        jh.check_isolation(step, jnp.ones(E), jnp.ones((E, 2)))
 
 
 def test_a_state_that_lies_over_devices_is_checked_there():
