@@ -22,6 +22,7 @@ from jaxhandler.ensembles.trials import Strategies
 from jaxhandler.errors import a_type, check_choice, explain
 from jaxhandler.models.rewriting import fast_conv as rewritten
 from jaxhandler.plans import PlanCache, compile_plan, signature
+from jaxhandler.trees import leaves_with_paths
 from jaxhandler.typing import Placement
 
 __all__ = ["BatchedModels", "batch_models"]
@@ -63,20 +64,26 @@ class BatchedModels:
         self.plans = PlanCache()
         self._calls: dict[Hashable, Callable[..., Any]] = {}
 
-    def __call__(self, params: Any, *inputs: Any) -> Any:
+    def __call__(self, params: Any, *inputs: Any, **named: Any) -> Any:
         """Computes the outputs of all members.
 
         Args:
             params: Leaves `[E, ...]`.
             *inputs: Leaves `[E, B, ...]`, or as `in_axes` says.
+            **named: Refused; bind options of `apply_fn` with `functools.partial`.
 
         Returns:
             The outputs of `apply_fn`, leaves `[E, B, ...]`, or as `out_axes` says.
 
         Raises:
-            TypeError: If a leaf of `params` has no shape.
+            TypeError: If a leaf of `params` has no shape, or an input is given by name.
             ValueError: If a leaf does not have all members where they should be.
         """
+        if named:
+            name = next(iter(named))
+            fix = f"Batch functools.partial(apply_fn, {name}=...), or pass an input by position."
+            seen, expected = f"the keyword {name}", "inputs by position"
+            raise TypeError(explain("inputs", seen=seen, expected=expected, fix=fix))
         args = params, *inputs
         leaves = jax.tree.leaves(args)
         if not all(hasattr(leaf, "dtype") for leaf in leaves):
@@ -121,7 +128,7 @@ class BatchedModels:
 
     def _axes(self, num_inputs: int) -> tuple[Any, ...]:
         axes = self._in_axes
-        if not isinstance(axes, tuple):
+        if not isinstance(axes, tuple | list):
             return (0, *[axes] * num_inputs)
         if len(axes) != num_inputs:
             seen, expected = f"{len(axes)} axes", f"one for each of {num_inputs} inputs"
@@ -187,6 +194,8 @@ def batch_models(
     if not callable(apply_fn):
         raise TypeError(explain("apply_fn", seen=a_type(apply_fn), expected="a function"))
     check_choice("fast_conv", fast_conv, ("auto", True, False))
+    _check_axes("in_axes", in_axes, (int, type(None)), "whole numbers and None")
+    _check_axes("out_axes", out_axes, (int,), "whole numbers: every output is the members' own")
     names = ("vmap", "map") if sharding is not None else ("vmap", "map", "loop")
     return BatchedModels(
         rewritten(apply_fn) if fast_conv else apply_fn,
@@ -196,6 +205,13 @@ def batch_models(
         Strategies(strategy, chunk, names),
         check_member_sharding(resolve_sharding(sharding)),
     )
+
+
+def _check_axes(argument: str, axes: Any, kinds: tuple[type, ...], expected: str) -> None:
+    for path, axis in leaves_with_paths(axes, is_leaf=lambda axis: axis is None):
+        if isinstance(axis, bool) or not isinstance(axis, kinds):
+            text = explain(argument, path=path, seen=repr(axis), expected=expected)
+            raise (ValueError if axis is None else TypeError)(text)
 
 
 def _types(args: tuple[Any, ...]) -> Hashable:

@@ -54,8 +54,8 @@ def over_members(
 
     Args:
         fn: A pure function.
-        in_axes: One tree prefix per argument, as `jax.vmap` takes them: where members are, or None
-            for what they share.
+        in_axes: One tree prefix per argument, as `jax.vmap` takes them: where members are, counted
+            from the last axis if negative, or None for what they share.
         out_axes: A tree prefix of its result likewise; None for what depends on no member.
         strategy: How.
         members: How many there are, `E`.
@@ -110,7 +110,9 @@ def check_axes(name: str, tree: Any, axes: Any, members: int) -> None:
     """
     paths = leaves_with_paths(tree)
     for (path, leaf), axis in zip(paths, leaf_axes(axes, tree), strict=True):
-        if axis is not None and (leaf.ndim <= axis or leaf.shape[axis] != members):
+        if axis is None:
+            continue
+        if not -leaf.ndim <= axis < leaf.ndim or leaf.shape[axis] != members:
             seen = form(leaf)
             expected = f"{members} members along axis {axis}"
             fix = "Use jh.stack or jh.replicate, or make an ensemble of as many with jh.ensemble."
@@ -223,7 +225,6 @@ def _sharded(
     mesh, name = sharding.mesh, sharding.spec[0]
     parts = mesh.shape[name]
     each = -(-members // parts)
-    inner = over_members(fn, in_axes, out_axes, strategy, each)
     # Where members do not divide, the last one is computed again, and cut off.
     filled = np.minimum(np.arange(each * parts), members - 1)
 
@@ -231,7 +232,12 @@ def _sharded(
         return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, name)
 
     def run(*args: Any) -> Any:
-        leaves, structure, axes = _split(in_axes, args)
+        outs = out_axes
+        if any(axis < 0 for axis in jax.tree.leaves(out_axes)):
+            every = jax.vmap(fn, in_axes, out_axes, axis_size=members)
+            outs = _from_first(out_axes, jax.eval_shape(every, *args))
+        leaves, structure, axes = _split(_from_first(in_axes, args), args)
+        inner = over_members(fn, structure.unflatten(axes), outs, strategy, each)
         if len(filled) != members:
             leaves = [
                 leaf if axis is None else jnp.take(leaf, filled, axis=axis)
@@ -241,19 +247,27 @@ def _sharded(
             inner,
             mesh=mesh,
             in_specs=structure.unflatten(spec(axis) for axis in axes),
-            out_specs=jax.tree.map(spec, out_axes, is_leaf=lambda axis: axis is None),
+            out_specs=jax.tree.map(spec, outs, is_leaf=lambda axis: axis is None),
             check_vma=False,
         )(*structure.unflatten(leaves))
         if len(filled) == members:
             return out
         cut = lambda leaf, axis: jax.lax.slice_in_dim(leaf, 0, members, axis=axis)  # noqa: E731
-        leaves, structure, axes = _split(out_axes, out)
+        leaves, structure, axes = _split(outs, out)
         return structure.unflatten(
             leaf if axis is None else cut(leaf, axis)
             for leaf, axis in zip(leaves, axes, strict=True)
         )
 
     return run
+
+
+def _from_first(axes: Any, tree: Any) -> Any:
+    """Returns the axis of each leaf counted from the first one."""
+    leaves, structure, axes = _split(axes, tree)
+    return structure.unflatten(
+        axis if axis is None else axis % leaf.ndim for leaf, axis in zip(leaves, axes, strict=True)
+    )
 
 
 def _split(axes: Any, tree: Any) -> tuple[list[Any], Any, list[int | None]]:

@@ -127,6 +127,49 @@ def test_members_may_lie_on_several_devices(members):
     np.testing.assert_allclose(spec(params, SHARED), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("strategy", ["vmap", "map", "loop", "vmap sharded", "map sharded"])
+@pytest.mark.parametrize("members", [3, 4])
+def test_axes_may_be_counted_from_the_last(strategy, members):
+    name, _, sharded = strategy.partition(" ")
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices")
+    mesh = jax.make_mesh((2,), ("members",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    sharding = NamedSharding(mesh, PartitionSpec("members")) if sharded else None
+    fn = lambda w, x: {"x": w * x, "sum": (w * x).sum()}  # noqa: E731
+    axes = {"in_axes": -1, "out_axes": {"x": -2, "sum": -1}}
+    many = jh.batch_models(fn, strategy=name, sharding=sharding, **axes)
+    w, x = np.arange(1.0, members + 1, dtype=np.float32), RNG.normal(size=(4, 2, members))
+    found = many(w, x.astype(np.float32))
+    expected = np.moveaxis(x * w, -1, -2)
+    np.testing.assert_allclose(found["x"], expected, rtol=1e-5)
+    np.testing.assert_allclose(found["sum"], expected.sum((0, 2)), rtol=1e-5)
+    with pytest.raises(ValueError, match="inputs: saw .*, expected . members along axis -1"):
+        many(w, np.ones((4, 5), np.float32))
+
+
+def test_axes_may_be_a_list():
+    many = jh.batch_models(lambda w, x, y: w * x + y, in_axes=[0, None], strategy="vmap")
+    w, x, y = np.arange(3.0), np.arange(6.0).reshape(3, 2), np.ones(2)
+    np.testing.assert_allclose(many(w, x, y), w[:, None] * x + y)
+
+
+def test_axes_that_make_no_sense_are_refused_when_the_function_is_made():
+    with pytest.raises(ValueError, match="out_axes: saw None, expected whole numbers: every out"):
+        jh.batch_models(apply_fn, out_axes=None)
+    with pytest.raises(ValueError, match=r"out_axes\['loss'\]: saw None"):
+        jh.batch_models(apply_fn, out_axes={"out": 0, "loss": None})
+    with pytest.raises(TypeError, match=r"in_axes\[1\]: saw '0', expected whole numbers and None"):
+        jh.batch_models(apply_fn, in_axes=(0, "0"))
+    with pytest.raises(TypeError, match="in_axes: saw True"):
+        jh.batch_models(apply_fn, in_axes=True)
+
+
+def test_a_keyword_is_refused_with_what_to_do_instead():
+    many = jh.batch_models(lambda w, x, train=False: w * x if train else x, in_axes=None)
+    with pytest.raises(TypeError, match=r"saw the keyword train.*functools\.partial\(apply_fn, tr"):
+        many(np.ones(2), np.ones(3), train=True)
+
+
 def test_members_that_disagree_are_refused_by_path():
     many = jh.batch_models(apply_fn)
     with pytest.raises(ValueError, match=r"\['b'\]"):
