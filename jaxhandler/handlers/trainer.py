@@ -194,8 +194,15 @@ class Trainer(Handler):
     ) -> tuple[TrainState, TrainInfo]:
         check_state(state)
         check_rows(source)
-        epoch = int(np.ravel(np.asarray(state.epoch))[0])
-        options = options._replace(key=state.order_key, first_epoch=epoch)
+        epochs = np.ravel(np.asarray(state.epoch))
+        if (epochs != epochs[0]).any():
+            fix = (
+                "Members go over rows together: state._replace(epoch=...) with one number for all."
+            )
+            seen, expected = f"epochs {epochs.tolist()}", "the same one for all members"
+            text = explain("state", path=".epoch", seen=seen, expected=expected, fix=fix)
+            raise ValueError(text)
+        options = options._replace(key=state.order_key, first_epoch=int(epochs[0]))
         active = np.asarray(state.active)
         step = self.step if active.all() else self.stopping_step
         lookout = Lookout(self.on_nonfinite, source)

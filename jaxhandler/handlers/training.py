@@ -37,9 +37,10 @@ class TrainState(NamedTuple):
         key: A random key; the key of a step is `fold_in(key, step)`.
         order_key: What the order of rows is drawn from.
         step: int32 scalar, steps taken.
-        epoch: int32 scalar, whole epochs gone over.
+        epoch: int32 scalar, whole epochs gone over; it is the run's, the same for all members, and
+            goes on where a model has stopped.
         active: bool scalar, whether the model still trains; where it is false, steps leave all of
-            this as it is, bit for bit.
+            this but `epoch` as it is, bit for bit.
 
     In an ensemble every leaf but `order_key` leads with the member axis `[E, ...]`.
 
@@ -65,7 +66,8 @@ class TrainInfo(NamedTuple):
         total: `[S]`, the sum of the loss over the step's rows (or its `Mean`'s total).
         count: `[S]`, what to divide it by.
         finite: `[S]` bool, whether the step's loss was finite; with "skip" and "freeze" its
-            gradients too, with "freeze" also the parameters it led to.
+            gradients too, with "freeze" also what it led to: parameters, and whatever of the
+            optimiser's and the model's state was finite before.
         report: Where the time of the run went.
 
     Example:
@@ -254,6 +256,7 @@ def make_train_step(
             # Finite gradients may still throw parameters beyond what floats can hold.
             after = update()
             finite &= _all_finite(after[0])
+            finite &= _stays_finite((state.opt_state, state.model_state), after[1:])
             update = lambda: after  # noqa: E731
             active &= finite
         conditions = [finite] * (on_nonfinite == "skip") + [active] * stops
@@ -281,6 +284,16 @@ def make_train_step(
 def _all_finite(tree: Any) -> jax.Array:
     finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
     return jnp.stack(finite).all() if finite else jnp.ones((), bool)
+
+
+def _stays_finite(before: Any, after: Any) -> jax.Array:
+    """Whether no number became infinite or NaN; some are from the start, a best loss or a mask."""
+    stays = [
+        (jnp.isfinite(new) | ~jnp.isfinite(old)).all()
+        for old, new in zip(*map(jax.tree.leaves, (before, after)), strict=True)
+        if jax.dtypes.issubdtype(new.dtype, np.inexact)
+    ]
+    return jnp.stack(stays).all() if stays else jnp.ones((), bool)
 
 
 def default_order_key(key: Any) -> Any:
