@@ -111,7 +111,8 @@ def visits(
         members: How many members of an ensemble draw an order of their own, under "rows" and
             "global": member i that of a single model with the order key `fold_in(key, i)`. The
             macrobatches come in one order for all.
-        resample: Whether rows are drawn with replacement, a bootstrap of each macrobatch.
+        resample: Whether rows are drawn with replacement, a bootstrap of each macrobatch: once for
+            all epochs, which go over them in new orders.
 
     Yields:
         `Visit`s.
@@ -121,11 +122,7 @@ def visits(
     keys = [key] if members is None else [jax.random.fold_in(key, i) for i in range(members)]
 
     def drawn(draw: int, rows: int) -> np.ndarray:
-        generators = (generator_of(key, epoch, draw) for key in keys)
-        orders = [
-            generator.integers(rows, size=rows) if resample else generator.permutation(rows)
-            for generator in generators
-        ]
+        orders = [_drawn(key, epoch, draw, rows, resample) for key in keys]
         # Row numbers are int32 in batches too, and there are many of these.
         return orders[0] if members is None else np.stack(orders, axis=1).astype(np.int32)
 
@@ -173,6 +170,15 @@ def generator_of(key: Any, epoch: int, draw: int) -> np.random.Generator:
     data = jax.random.key_data(key) if is_key(key) else key
     seed = [*np.ravel(np.asarray(data)).tolist(), epoch, draw]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+
+
+def _drawn(key: Any, epoch: int, draw: int, rows: int, resample: bool) -> np.ndarray:
+    generator = generator_of(key, epoch, draw)
+    if not resample:
+        return generator.permutation(rows)
+    # Drawn anew in each epoch, every row would sooner or later come to every member.
+    drawn = generator_of(key, 0, draw).integers(rows, size=rows)
+    return generator.permutation(drawn) if epoch else drawn
 
 
 def _visited(num_rows: int, batch_size: int, tail: str) -> int:

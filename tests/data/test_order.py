@@ -287,3 +287,19 @@ def test_a_bootstrap_draws_rows_of_the_macrobatch_with_replacement():
         # Of N draws with replacement, 63.2 % of the rows come at least once.
         np.testing.assert_allclose(different, 632, atol=60)
         assert (visit.order[:, 0] != visit.order[:, 1]).any()
+
+
+@pytest.mark.parametrize("shuffle", ["rows", "global"])
+def test_a_bootstrap_holds_the_same_rows_in_every_epoch_in_another_order(shuffle):
+    def epoch_of_members(epoch):
+        drawn = visits(96, 32, 8, shuffle=shuffle, key=KEY, epoch=epoch, members=2, resample=True)
+        blocks = sorted(drawn, key=lambda visit: visit.block or 0)
+        return np.concatenate([visit.start + visit.order for visit in blocks])
+
+    first, *later = (epoch_of_members(epoch) for epoch in range(4))
+    for other in later:
+        np.testing.assert_array_equal(np.sort(first, axis=0), np.sort(other, axis=0))
+        assert (first != other).any(axis=0).all()
+    assert all((a != b).any() for n, a in enumerate(later) for b in later[:n])
+    # Some rows are in the bag of none of the epochs: that is what tells members apart.
+    assert len(np.unique(np.concatenate([first[:, 0], *(each[:, 0] for each in later)]))) < 80
