@@ -10,10 +10,12 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxhandler.errors import a_type, check_count, explain, form
+from jaxhandler.handlers.training import TrainState
 from jaxhandler.trees import is_key, leaves_with_paths, on_host
 
 __all__ = [
     "ARRAYS",
+    "apart",
     "check_leaf",
     "check_members",
     "init_members",
@@ -33,7 +35,8 @@ def num_members(tree: Any) -> int:
     Only shapes are looked at: leaves may be `jax.ShapeDtypeStruct`s too.
 
     Args:
-        tree: A tree with leaves `[E, ...]`.
+        tree: A tree with leaves `[E, ...]`, or an ensemble's `TrainState`, whose `order_key` is not
+            counted.
 
     Returns:
         `E`.
@@ -48,12 +51,34 @@ def num_members(tree: Any) -> int:
         >>> jh.num_members({"w": np.zeros((5, 2)), "b": np.zeros(5)})
         5
     """
-    sizes = _sizes("tree", tree)
+    sizes = _sizes("tree", apart(tree)[0])
     if len({size for _, size in sizes}) > 1:
         seen = ", ".join(f"{size} members in tree{path}" for path, size in sizes)
         fix = "Stack whole trees with jh.stack, and keep shared leaves in a tree of their own."
         raise ValueError(explain("tree", seen=seen, expected="one number of members", fix=fix))
     return sizes[0][1]
+
+
+def apart(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Returns what of a tree is members' own, and what puts the rest back.
+
+    The `order_key` of a `TrainState` is shared; of all other trees every leaf is members' own.
+
+    Args:
+        tree: A `TrainState`, or any tree.
+
+    Returns:
+        `(own, whole)`: the tree without what is shared, and a function from such a tree, of other
+        members maybe, to one with the shared leaves of `tree`.
+
+    Example:
+        >>> own, whole = apart({"w": 1})
+        >>> whole(own)
+        {'w': 1}
+    """
+    if not isinstance(tree, TrainState):
+        return tree, lambda own: own
+    return tree._replace(order_key=()), lambda own: own._replace(order_key=tree.order_key)
 
 
 def check_members(argument: str, tree: Any, members: int) -> None:
@@ -83,7 +108,9 @@ def take_members(tree: Any, indices: Any) -> Any:
     """Returns the members at `indices` as a stack of their own, in that order.
 
     Args:
-        tree: A tree with leaves `[E, ...]`.
+        tree: A tree with leaves `[E, ...]`, or an ensemble's `TrainState`. Its `order_key` stays as
+            it is, so members with orders of their own (`member_order`) take the orders that belong
+            to their new places.
         indices: `[K]` whole numbers, a member more than once if so wished; negative ones count from
             the end, as in NumPy. Or `[E]` bools, the members to keep. Under `jit` whole numbers may
             be traced: they cannot be checked, and one out of range gives NaN, or the least integer.
@@ -104,10 +131,11 @@ def take_members(tree: Any, indices: Any) -> Any:
         >>> jh.take_members({"w": np.array([10, 20, 30])}, [2, 0])
         {'w': array([30, 10])}
     """
-    indices = _checked_indices(indices, num_members(tree))
+    own, whole = apart(tree)
+    indices = _checked_indices(indices, num_members(own))
     if isinstance(indices, Tracer):
-        return jax.tree.map(lambda leaf: jnp.take(leaf, indices, axis=0), tree)
-    return _each(tree, lambda leaf: leaf[indices], lambda leaves: _take(leaves, indices))
+        return whole(jax.tree.map(lambda leaf: jnp.take(leaf, indices, axis=0), own))
+    return whole(_each(own, lambda leaf: leaf[indices], lambda leaves: _take(leaves, indices)))
 
 
 def replicate(params: Any, members: int) -> Any:
@@ -116,7 +144,8 @@ def replicate(params: Any, members: int) -> Any:
     Random keys are copied as well; give each member its own with `jax.random.split`.
 
     Args:
-        params: One member's tree; leaves are arrays, random keys or numbers.
+        params: One member's tree; leaves are arrays, random keys or numbers. Of a `TrainState` the
+            `order_key` is not copied but shared.
         members: `E`, at least 1.
 
     Returns:
@@ -134,13 +163,14 @@ def replicate(params: Any, members: int) -> Any:
                [1, 2]])}
     """
     members = check_count("members", members)
-    for path, leaf in leaves_with_paths(params):
+    own, whole = apart(params)
+    for path, leaf in leaves_with_paths(own):
         check_leaf("params", path, leaf)
 
     def copies(leaf: Any) -> np.ndarray:
         return np.repeat(np.asarray(leaf)[None], members, axis=0)
 
-    return _each(params, copies, lambda leaves: _copies(leaves, members))
+    return whole(_each(own, copies, lambda leaves: _copies(leaves, members)))
 
 
 def init_members(init_fn: Callable[[Any], Any], keys: Any) -> Any:

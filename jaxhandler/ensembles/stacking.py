@@ -1,6 +1,6 @@
 """From the trees of members to one stacked tree and back, bit for bit."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxhandler.ensembles.members import ARRAYS, check_leaf, num_members
+from jaxhandler.ensembles.members import ARRAYS, apart, check_leaf, num_members
 from jaxhandler.errors import a_type, explain
+from jaxhandler.handlers.training import TrainState
 from jaxhandler.trees import is_key, leaves_with_paths, on_host
 
 __all__ = ["stack", "unstack"]
@@ -26,7 +27,8 @@ def stack(trees: Iterable[Any]) -> Any:
 
     Args:
         trees: One tree per member, of one structure, leaf by leaf of one shape and dtype. Leaves
-            are arrays, random keys or numbers; None is structure.
+            are arrays, random keys or numbers; None is structure. Of `TrainState`s the `order_key`
+            is not stacked but shared: it must be the same in all.
 
     Returns:
         A tree like the first one with leaves `[E, ...]`.
@@ -34,7 +36,7 @@ def stack(trees: Iterable[Any]) -> Any:
     Raises:
         TypeError: If `trees` is one tree, or a leaf is no array and no number.
         ValueError: If there is no tree, or a tree differs from the first one; names the member and
-            the leaf's path.
+            the leaf's path. If states have different order keys.
 
     Example:
         >>> import jax.numpy as jnp
@@ -50,6 +52,8 @@ def stack(trees: Iterable[Any]) -> Any:
     trees = list(trees)
     if not trees:
         raise ValueError(explain("trees", seen="no trees", expected="one per member, at least one"))
+    whole = _sharing(trees)
+    trees = [apart(tree)[0] for tree in trees]
     leaves, structure = jax.tree.flatten(trees[0])
     forms = [_form(trees[0], 0, place) for place in enumerate(leaves)]
     columns = [leaves]
@@ -61,7 +65,8 @@ def stack(trees: Iterable[Any]) -> Any:
             if (form := _form(tree, member, place)) != expected:
                 raise ValueError(_other_form(tree, member, place[0], form, expected))
         columns.append(leaves)
-    return structure.unflatten([_stacked(column) for column in zip(*columns, strict=True)])
+    stacked = [_stacked(column) for column in zip(*columns, strict=True)]
+    return whole(structure.unflatten(stacked))
 
 
 def unstack(tree: Any) -> list[Any]:
@@ -71,7 +76,8 @@ def unstack(tree: Any) -> list[Any]:
     own, by way of host memory outside of `jit`.
 
     Args:
-        tree: A tree with leaves `[E, ...]`.
+        tree: A tree with leaves `[E, ...]`, or an ensemble's `TrainState`: its `order_key` goes to
+            all members, whose states the trainer of one model goes on with.
 
     Returns:
         A list of `E` trees of `tree`'s structure.
@@ -86,10 +92,26 @@ def unstack(tree: Any) -> list[Any]:
         >>> jh.unstack({"w": np.array([[1, 2], [3, 4]])})
         [{'w': array([1, 2])}, {'w': array([3, 4])}]
     """
-    members = num_members(tree)
-    leaves, structure = jax.tree.flatten(tree)
+    own, whole = apart(tree)
+    members = num_members(own)
+    leaves, structure = jax.tree.flatten(own)
     columns = [_unstacked(leaf, members) for leaf in leaves]
-    return [structure.unflatten(row) for row in zip(*columns, strict=True)]
+    return [whole(structure.unflatten(row)) for row in zip(*columns, strict=True)]
+
+
+def _sharing(trees: list[Any]) -> Callable[[Any], Any]:
+    """Returns what gives a stack the order key that all states share."""
+    states = [tree for tree in trees if isinstance(tree, TrainState)]
+    if len(states) == len(trees) and not any(isinstance(s.order_key, Tracer) for s in states):
+        keys = _to_host(tuple(state.order_key for state in states))
+        for member, key in enumerate(keys):
+            if not np.array_equal(key, keys[0]):
+                path = ".order_key"
+                seen, expected = f"{key.tolist()}", f"{keys[0].tolist()} as in trees[0]"
+                fix = "Members go over rows in one order: state._replace(order_key=...) first."
+                forms = {"path": path, "seen": seen, "expected": expected}
+                raise ValueError(explain(f"trees[{member}]", fix=fix, **forms))
+    return apart(trees[0])[1]
 
 
 def _form(tree: Any, member: int, place: tuple[int, Any]) -> tuple[tuple[int, ...], Any]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhandler.ensembles.members import check_members, take_members
+from jaxhandler.ensembles.members import apart, check_members, take_members
 from jaxhandler.errors import check_count, explain
 from jaxhandler.handlers.training import TrainState
 
@@ -129,7 +129,8 @@ def halve(state: Any, scores: Any, *, keep: int) -> tuple[Any, np.ndarray]:
     """Keeps the best members as a smaller stack, for successive halving.
 
     Go on with `jh.ensemble(handler, members=keep)`: made of the same single handler, it keeps its
-    plans in the same cache.
+    plans in the same cache. With `member_order` a member's order of rows is that of its place:
+    survivors take the orders, and under "bootstrap" the rows, of the first `keep` places.
 
     Args:
         state: A `TrainState`, or any tree with leaves `[E, ...]`.
@@ -162,12 +163,8 @@ def halve(state: Any, scores: Any, *, keep: int) -> tuple[Any, np.ndarray]:
         seen, expected = str(keep), f"at most the {len(scores)} members there are"
         raise ValueError(explain("keep", seen=seen, expected=expected))
     kept = np.sort(np.argsort(scores, kind="stable")[:keep])
-    if not isinstance(state, TrainState):
-        check_members("state", state, len(scores))
-        return take_members(state, kept), kept
-    own = state._replace(order_key=())
-    check_members("state", own, len(scores))
-    return take_members(own, kept)._replace(order_key=state.order_key), kept
+    check_members("state", apart(state)[0], len(scores))
+    return take_members(state, kept), kept
 
 
 def _as_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -49,6 +50,68 @@ def test_a_number_has_no_members():
 def test_no_leaves_have_no_members():
     with pytest.raises(ValueError, match="tree: saw no leaves"):
         jh.num_members({"none": None})
+
+
+# States of a trainer
+
+
+def bits(leaf):
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+
+def trained():
+    one = jh.trainer(lambda w, x: (w - x).sum(axis=-1) ** 2, optax.adam(0.1), batch_size=4)
+    many = jh.ensemble(one, members=3, strategy="vmap")
+    state = many.init(jnp.arange(6.0).reshape(3, 2), key=jax.random.key(0))
+    return one, many.train(state, jnp.ones((8, 2)))[0]
+
+
+def test_members_of_a_state_are_counted_and_taken_and_go_on_training():
+    one, state = trained()
+    assert jh.num_members(state) == 3
+    taken = jh.take_members(state, [2, 0, 2, 1])
+    np.testing.assert_array_equal(taken.params, state.params[jnp.array([2, 0, 2, 1])])
+    assert taken.order_key.shape == ()
+    after, info = jh.ensemble(one, members=4, strategy="vmap").train(taken, jnp.ones((8, 2)))
+    assert info.losses.shape == (4, 2)
+    np.testing.assert_array_equal(after.params[0], after.params[2])
+    np.testing.assert_array_equal(after.step, [4, 4, 4, 4])
+
+
+def test_a_state_comes_apart_into_states_of_single_models_and_together_again():
+    one, state = trained()
+    singles = jh.unstack(state)
+    again = jh.stack(singles)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), again, state)
+    after, _ = jh.ensemble(one, members=3, strategy="vmap").train(again, jnp.ones((8, 2)))
+    for member, single in enumerate(singles):
+        alone, _ = one.train(single, jnp.ones((8, 2)))
+        np.testing.assert_allclose(alone.params, after.params[member], rtol=1e-5)
+        assert int(alone.epoch) == 2
+
+
+def test_a_single_state_is_copied_to_a_state_of_members():
+    one, state = trained()
+    copies = jh.replicate(jh.unstack(state)[1], 2)
+    after, _ = jh.ensemble(one, members=2, strategy="vmap").train(copies, jnp.ones((8, 2)))
+    np.testing.assert_array_equal(after.params[0], after.params[1])
+
+
+def test_states_with_other_orders_do_not_become_one():
+    first, second, _ = jh.unstack(trained()[1])
+    other = second._replace(order_key=jax.random.key(9))
+    match = r"trees\[1\]\.order_key: saw \[0, 9\], expected .* as in trees\[0\]"
+    with pytest.raises(ValueError, match=match):
+        jh.stack([first, other])
+
+
+def test_members_of_other_epochs_are_refused():
+    one, state = trained()
+    state = state._replace(epoch=jnp.array([1, 1, 2], jnp.int32))
+    with pytest.raises(ValueError, match=r"state\.epoch: saw epochs \[1, 1, 2\], expected the sam"):
+        jh.ensemble(one, members=3).train(state, jnp.ones((8, 2)))
+    assert one.program.plans.stats().compiles == 1
 
 
 # check_members

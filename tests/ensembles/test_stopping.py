@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jaxhandler as jh
+from jaxhandler.typing import Batch
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(40, 3)).astype(np.float32)
@@ -123,6 +124,47 @@ def test_an_exploding_member_freezes_and_the_others_are_bit_unchanged():
         many.train(wild, X)
 
 
+def test_a_member_whose_model_state_overflows_is_frozen_before():
+    def loss_fn(w, model_state, x):
+        return (w - x) ** 2, {"sum": model_state["sum"] * 1e20, "mask": model_state["mask"]}
+
+    one = jh.trainer(loss_fn, optax.sgd(0.1), has_state=True, on_nonfinite="freeze", batch_size=2)
+    many = jh.ensemble(one, members=2, strategy="vmap")
+    # A number that is infinite from the start is meant to be.
+    model_state = {"sum": jnp.array([1e-30, 1e-10]), "mask": jnp.array([0.0, -jnp.inf])}
+    state = many.init(jnp.zeros(2), key=KEY, model_state=model_state)
+    with pytest.warns(UserWarning, match="batch 2, member 1 .*stays as it was before"):
+        state, info = many.train(state, jnp.ones(6), shuffle=None)
+    np.testing.assert_array_equal(state.active, [True, False])
+    np.testing.assert_array_equal(info.finite, [[True] * 3, [True, True, False]])
+    np.testing.assert_allclose(state.model_state["sum"], [1e30, 1e30], rtol=1e-5)
+    np.testing.assert_array_equal(state.step, [3, 2])
+
+
+def test_a_member_whose_optimiser_overflows_is_frozen_before():
+    # The second moment of Adam is the gradient's square, the step it leads to is a finite one.
+    one = jh.trainer(lambda w, x: w * x, optax.adam(0.1), on_nonfinite="freeze", batch_size=2)
+    many = jh.ensemble(one, members=2, strategy="vmap", member_data=True)
+    state = many.init(jnp.ones(2), key=KEY)
+    data = jnp.ones((4, 2)).at[2:, 1].set(1e25)
+    with pytest.warns(UserWarning, match="batch 1, member 1 "):
+        state, info = many.train(state, data, shuffle=None)
+    np.testing.assert_array_equal(info.finite, [[True, True], [True, False]])
+    assert np.isfinite(state.opt_state[0].nu).all()
+
+
+def test_whoever_does_not_freeze_does_not_pay_for_looking():
+    looks = []
+    for policy in ("raise", "skip", "ignore", "freeze"):
+        one = jh.trainer(lambda w, x: (w - x) ** 2, optax.adam(0.1), on_nonfinite=policy)
+        state = one.init(jnp.float32(1), key=KEY)
+        batch = Batch(jnp.ones(2), jnp.ones(2, bool), jnp.arange(2), jnp.int32(0))
+        text = str(jax.make_jaxpr(lambda s, b, one=one: one.step((), s, b))(state, batch))
+        looks.append(text.count("is_finite"))
+    # The loss; the gradients; the parameters, and both moments before and after.
+    assert looks == [1, 2, 1, 7]
+
+
 def test_the_step_that_would_leave_the_floats_is_not_taken():
     tr = jh.trainer(lambda w, x: w * x, optax.sgd(1e38), batch_size=1, on_nonfinite="freeze")
     state = tr.init(jnp.float32(0), key=KEY)
@@ -209,6 +251,20 @@ def test_the_best_members_go_on_as_if_alone_with_plans_in_the_same_cache():
     all_on, _ = many.train(state, X)
     np.testing.assert_allclose(small.params["w"], all_on.params["w"][kept], rtol=1e-6)
     np.testing.assert_array_equal(small.step, all_on.step[kept])
+
+
+def test_survivors_take_the_orders_of_their_new_places():
+    one = jh.trainer(loss_fn, optax.adam(0.05), batch_size=8)
+    few = jh.ensemble(one, members=2, member_order=True, strategy="vmap")
+    state = jh.ensemble(one, members=4, member_order=True).init(stacked(), key=KEY)
+    small, kept = jh.halve(state, [0.3, 0.1, np.nan, 0.2], keep=2)
+    np.testing.assert_array_equal(kept, [1, 3])
+    after, _ = few.train(small, X)
+    for place, member in enumerate(kept):
+        alone = jh.unstack(state)[member]
+        order_key = jax.random.fold_in(state.order_key, place)
+        alone, _ = one.train(alone._replace(order_key=order_key), X)
+        np.testing.assert_allclose(after.params["w"][place], alone.params["w"], rtol=1e-5)
 
 
 def test_of_equal_scores_the_first_members_stay():
