@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhandler.data.placement import replicate_like, resolve_sharding
 from jaxhandler.ensembles.members import check_members
-from jaxhandler.ensembles.reductions import reduction
+from jaxhandler.ensembles.reductions import check_reduced, reduction
 from jaxhandler.ensembles.strategies import (
     Strategy,
     check_axes,
@@ -44,6 +44,7 @@ def ensemble(
     reduce: str | Callable[[Any], Any] | None = None,
     strategy: str = "auto",
     chunk: int | None = None,
+    fast_conv: bool | str = "auto",
     sharding: Placement = None,
 ) -> H:
     """Makes a handler of many models out of the handler of one; its plans go into the same cache.
@@ -59,15 +60,18 @@ def ensemble(
         members: How many models, `E`.
         member_data: Whether rows are `[N, E, ...]`, each member's own, rather than shared.
         member_order: Whether members go over shared rows in orders of their own: True or "shuffle"
-            permutes the rows of a macrobatch for each, "bootstrap" draws them with replacement;
-            both need `shuffle="rows"` (on the device also "global"). Member i's order is that of a
-            model with the order key `fold_in(order_key, i)`.
+            permutes the rows of a macrobatch for each, "bootstrap" draws them with replacement, the
+            same ones in every epoch; both need `shuffle="rows"` (on the device also "global").
+            Member i's order is that of a model with the order key `fold_in(order_key, i)`, so it
+            belongs to the place and stays there when members move.
         reduce: What becomes of outputs of rows before they leave the device: None keeps
             `[E, N, ...]`; "mean_std" gives `{"mean", "std"}`, "vote" the class most members vote
             for; or a function from leaves `[E, B, ...]` to leaves `[B, ...]`.
         strategy: "vmap" computes all members at once, "map" one after another; "auto" tries them,
-            once, and takes the fastest. See `program.strategies.chosen`.
+            once, and takes the fastest, or "vmap" where it may not try (`while_loop`s, and calls of
+            the host). See `program.strategies.chosen`.
         chunk: Members at a time of a "map".
+        fast_conv: Whether `jh.fast_conv` rewrites convolutions, where that pays; "auto" does.
         sharding: Lays members over devices: `NamedSharding(mesh, PartitionSpec(axis))`, or the spec
             alone under `jax.set_mesh`. If they do not divide, some devices compute one twice.
 
@@ -97,6 +101,7 @@ def ensemble(
         fix = "Make it of the handler of one model; plans of both lie in that one's cache."
         raise ValueError(explain("handler", seen=seen, expected="one model", fix=fix))
     check_choice("member_order", member_order, tuple(_ORDERS))
+    check_choice("fast_conv", fast_conv, ("auto", True, False))
     if member_data and member_order:
         fix = "Leave member_order out: rows that are a member's own need no order of their own."
         seen = "member_data=True as well"
@@ -136,13 +141,16 @@ def ensemble(
                 check_axes(name, tree, axes, members)
             chosen = strategies.choose(_kind(args), make, args, members)
             carry, out = make(chosen)(*args)
-            return carry, out if reduce_fn is None else reduce_fn(out)
+            if reduce_fn is None:
+                return carry, out
+            check_reduced(reduce_fn, out, members)
+            return carry, reduce_fn(out)
 
         return step
 
     return program.build(
         program._replace(
-            fn=rewritten(program.fn, members=True),
+            fn=rewritten(program.fn, members=True) if fast_conv else program.fn,
             fast_conv=False,
             make_step=make_step,
             init=None if program.init is None else _init_of(program, members),

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxhandler.errors import a_type, explain
+from jaxhandler.trees import leaves_with_paths
 
-__all__ = ["mean_std", "reduction", "vote"]
+__all__ = ["check_reduced", "mean_std", "reduction", "vote"]
 
 
 def reduction(reduce: Any) -> Callable[[Any], Any] | None:
@@ -31,6 +32,35 @@ def reduction(reduce: Any) -> Callable[[Any], Any] | None:
     seen = repr(reduce) if isinstance(reduce, str) else a_type(reduce)
     expected = 'None, "mean_std", "vote" or a function of outputs [E, B, ...]'
     raise ValueError(explain("reduce", seen=seen, expected=expected))
+
+
+def check_reduced(reduce_fn: Callable[[Any], Any], outputs: Any, members: int) -> None:
+    """Refuses a reduction whose leaves do not lead with the rows, as many as members or not.
+
+    Args:
+        reduce_fn: What gets the outputs.
+        outputs: A tree of arrays `[E, B, ...]`, or of what stands for them; only their types count.
+        members: `E`.
+
+    Raises:
+        ValueError: If a leaf does not lead with the rows; names its path.
+
+    Example:
+        >>> check_reduced(lambda outputs: outputs.max(axis=0), jnp.zeros((3, 3)), 3)
+    """
+    # More rows than members: what leads with these is told from what leads with those.
+    rows = members + 1
+    given = [
+        jax.ShapeDtypeStruct((members, rows, *leaf.shape[2:]), leaf.dtype)
+        for leaf in jax.tree.leaves(outputs)
+    ]
+    reduced = jax.eval_shape(reduce_fn, jax.tree.structure(outputs).unflatten(given))
+    for path, leaf in leaves_with_paths(reduced):
+        if leaf.shape[:1] != (rows,):
+            fix = "Reduce over the first axis, as in lambda outputs: outputs.max(axis=0)."
+            seen = f"{leaf.dtype}{list(leaf.shape)} for {members} members and {rows} rows"
+            forms = {"path": path, "seen": seen, "expected": f"{rows} rows along axis 0"}
+            raise ValueError(explain("reduce's result", fix=fix, **forms))
 
 
 def mean_std(outputs: Any) -> dict[str, Any]:

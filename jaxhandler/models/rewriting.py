@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxhandler.errors import a_type, explain
+
 __all__ = ["fast_conv", "rewritten"]
 
 
@@ -47,6 +49,9 @@ def fast_conv(fn: Callable[..., Any], *, members: bool = True) -> Callable[..., 
     Returns:
         A function that is called like `fn`. What cannot be traced is called as it is.
 
+    Raises:
+        TypeError: If `fn` is no function.
+
     Example:
         >>> import jax
         >>> import jax.numpy as jnp
@@ -60,6 +65,8 @@ def fast_conv(fn: Callable[..., Any], *, members: bool = True) -> Callable[..., 
         >>> "convolution" in members.lower(kernels, images).as_text()
         False
     """
+    if not callable(fn):
+        raise TypeError(explain("fn", seen=a_type(fn), expected="a function"))
 
     @functools.wraps(fn)
     def fast(*args: Any, **kwargs: Any) -> Any:

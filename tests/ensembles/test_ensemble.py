@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxhandler as jh
+from jaxhandler.typing import Batch
 
 pytestmark = pytest.mark.usefixtures("compiled_soon")
 
@@ -253,6 +254,16 @@ def test_outputs_may_be_reduced_before_they_leave_the_device():
     close(largest.calc_from_host(stacked(), X, macrobatch_size=24), expected.max(axis=0))
 
 
+@pytest.mark.parametrize("rows", [MEMBERS, 8])
+@pytest.mark.parametrize("forget", [lambda out: out, lambda out: {"some": out[:2]}, jnp.mean])
+def test_a_reduction_that_forgets_to_reduce_is_refused_however_many_rows_there_are(rows, forget):
+    calc = jh.calculator(apply_fn, batch_size=rows)
+    many = jh.ensemble(calc, members=MEMBERS, reduce=forget, strategy="vmap")
+    with pytest.raises(ValueError, match="reduce's result.* for 3 members and 4 rows, expected 4"):
+        many.calc(stacked(), jnp.asarray(X[:rows]))
+    assert calc.program.plans.stats().compiles == 0
+
+
 def test_members_may_vote():
     calc = jh.calculator(lambda params, x: x @ params["w"], batch_size=8)
     scores = np.stack([X @ params_of(i)["w"] for i in range(MEMBERS)])
@@ -261,6 +272,20 @@ def test_members_may_vote():
     found = jh.ensemble(calc, members=MEMBERS, reduce="vote").calc(stacked(), jnp.asarray(X))
     np.testing.assert_array_equal(found, expected)
     assert found.dtype == np.int32
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="left as they are elsewhere")
+@pytest.mark.parametrize("fast_conv", ["auto", True, False])
+def test_convolutions_are_rewritten_unless_told_otherwise(fast_conv):
+    def convolve(kernel, x):
+        return jax.lax.conv(x, kernel, (1, 1), "SAME")
+
+    calc = jh.calculator(convolve, batch_size=8)
+    many = jh.ensemble(calc, members=3, strategy="vmap", fast_conv=fast_conv)
+    batch = Batch(jnp.ones((8, 1, 6, 6)), jnp.ones(8, bool), jnp.arange(8), jnp.int32(0))
+    step = lambda kernels: many.step(kernels, (), batch)  # noqa: E731
+    text = str(jax.make_jaxpr(step)(jnp.ones((3, 4, 1, 3, 3))))
+    assert ("conv_general_dilated" in text) == (fast_conv is False)
 
 
 # Plans.
@@ -365,6 +390,8 @@ def test_arguments_that_make_no_sense_are_refused():
         jh.ensemble(tr, members=2, reduce="mean_std")
     with pytest.raises(ValueError, match="reduce: saw 'median'"):
         jh.ensemble(calc, members=2, reduce="median")
+    with pytest.raises(ValueError, match="fast_conv: saw 'never'"):
+        jh.ensemble(calc, members=2, fast_conv="never")
     with pytest.raises(ValueError, match="strategy: saw 'loop'"):
         jh.ensemble(calc, members=2, strategy="loop")
     many, state = training(tr, member_order=True)

@@ -430,3 +430,8 @@ def test_what_holds_references_is_left(x, kernel):
         return lax.fori_loop(0, 2, body, x), convolve(x, kernel), total[...]
 
     assert_close(jax.jit(jh.fast_conv(fn))(x, kernel), jax.jit(fn)(x, kernel))
+
+
+def test_what_is_no_function_is_refused_at_once():
+    with pytest.raises(TypeError, match="fn: saw an int, expected a function"):
+        jh.fast_conv(3)  # pyright: ignore[reportArgumentType]
