@@ -10,7 +10,6 @@ import numpy as np
 
 from jaxhandler.ensembles.strategies import Strategy
 from jaxhandler.errors import check_choice, check_count, explain
-from jaxhandler.handlers.jaxprs import convolves
 from jaxhandler.handlers.shortage import is_shortage
 from jaxhandler.handlers.steps import Keys
 from jaxhandler.plans import PlanCache, compile_plan

