@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxhandler.errors import check_count
+from jaxhandler.errors import SealedError, check_count, explain
 from jaxhandler.tally import Tally
 
 __all__ = ["GONE", "Held", "PlanCache", "PlanStats", "compile_plan", "signature"]
@@ -66,6 +66,9 @@ class PlanCache:
     build, and all others are served meanwhile. A build that fails is never kept; those who waited
     get its error, and the next one who asks builds again.
 
+    Attributes:
+        sealed: Whether it builds nothing any more.
+
     Args:
         max_plans: The most plans to hold, those being built included; the one unused for longest is
             dropped first, before the new one is built. None, the default, holds all.
@@ -83,6 +86,7 @@ class PlanCache:
     """
 
     max_plans: int | None = None
+    sealed: bool = field(default=False, init=False, repr=False)
     _plans: dict[Hashable, Held] = field(default_factory=dict, init=False, repr=False)
     _building: dict[Hashable, Future[Any]] = field(default_factory=dict, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
@@ -109,6 +113,7 @@ class PlanCache:
 
         Raises:
             Exception: Whatever `build` raises.
+            SealedError: If it would have to be built after `seal`.
         """
         entry = self._plans.get(key)
         if entry is not None and (plan := entry.plan) is not GONE:
@@ -120,6 +125,9 @@ class PlanCache:
             plan = entry.plan if entry else None
             future = self._building.get(key)
             mine = entry is None and future is None
+            if mine and self.sealed:
+                expected = "one that was built before the cache was sealed"
+                raise SealedError(explain("key", seen=f"{key!r:.80}", expected=expected))
             if entry is None:
                 self._counts["misses"] += 1
             else:
@@ -131,6 +139,24 @@ class PlanCache:
             return plan
         assert future is not None
         return self._build(key, build, future) if mine else self._wait(key, build, future)
+
+    def seal(self) -> None:
+        """Begins no build from now on; returns when those under way have ended, well or not.
+
+        What is held then is not dropped to make room any more.
+
+        Example:
+            >>> cache = PlanCache()
+            >>> cache.seal()
+            >>> cache.get("key", lambda: "plan")
+            Traceback (most recent call last):
+            jaxhandler.errors.SealedError: key: saw 'key', expected one that was built before ...
+        """
+        with self._lock:
+            self.sealed = True
+            building = list(self._building.values())
+        for future in building:
+            future.exception()
 
     def held(self, key: Hashable) -> Held | None:
         """Tells how the cache holds the plan for `key`, to call it without a look-up each time.

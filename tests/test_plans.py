@@ -171,6 +171,44 @@ def test_ctrl_c_in_a_build_reaches_who_pressed_it_and_nobody_else():
     assert stats.hits + stats.misses == 5
 
 
+# Sealed.
+
+
+def test_a_sealed_cache_builds_nothing_and_gives_what_it_holds():
+    cache, builder = jh.PlanCache(), Builder()
+    cache.get("here", builder("here"))
+    cache.seal()
+    cache.seal()
+    assert cache.get("here", builder("here")) == "plan here"
+    with pytest.raises(jh.SealedError, match="'absent'"):
+        cache.get("absent", builder("absent"))
+    assert builder.built == ["here"]
+    assert cache.stats().misses == 1
+
+
+def test_sealing_waits_for_builds_under_way_and_for_those_that_fail():
+    cache, builder = jh.PlanCache(max_plans=2), Builder()
+
+    def fail():
+        builder.slow("bad")()
+        raise ValueError("does not trace")
+
+    cache.get("old", builder("old"))
+    with ThreadPoolExecutor(4) as pool:
+        slow = pool.submit(cache.get, "slow", builder.slow("slow"))
+        bad = pool.submit(cache.get, "bad", fail)
+        until(lambda: cache.stats().misses == 3)
+        sealing = pool.submit(cache.seal)
+        until(lambda: cache.sealed)
+        late = pool.submit(cache.get, "slow", builder("again"))
+        assert not sealing.done()
+        builder.go_on.set()
+        sealing.result(TIMEOUT)
+        assert cache.keys() == ["slow"]
+        assert slow.result(TIMEOUT) == late.result(TIMEOUT) == "plan slow"
+        assert isinstance(bad.exception(TIMEOUT), ValueError)
+
+
 # Bounds, and what is freed.
 
 

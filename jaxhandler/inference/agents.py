@@ -156,7 +156,7 @@ class Agents:
 
     def missing(self, engine: Engine, num_rows: int) -> int:
         """Returns how many plans of the layers a request of `num_rows` has to compile."""
-        needed = {part.bucket for part in engine.policy.parts(num_rows)}
+        needed = {part.bucket for part in engine.parts(num_rows)}
         return sum((bucket, self._capacity) not in self._plans for bucket in needed)
 
     def plans(self, bucket: int, sealed: bool = False) -> tuple[Any, Any]:

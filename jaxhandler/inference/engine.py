@@ -18,7 +18,8 @@ from jaxhandler.inference.buckets import Observed
 from jaxhandler.inference.costs import Costs
 from jaxhandler.inference.parameters import type_of
 from jaxhandler.inference.policies import Part, Policy
-from jaxhandler.inference.rows import Rows, pad, traced_outputs, trim
+from jaxhandler.inference.rows import Rows, elsewhere, pad, traced_outputs, trim, wait_for
+from jaxhandler.inference.standins import stood_in
 from jaxhandler.inference.stats import InfererStats
 from jaxhandler.plans import GONE, Held, PlanCache, compile_plan
 from jaxhandler.tally import Tally
@@ -140,16 +141,20 @@ class Engine:
         number = count()
         timed = number % _TIMED_EVERY == 0 or number < _FIRST_TIMED
         start = time.perf_counter() if timed else 0.0
-        if rows < bucket:
-            outputs = plan(*params, *[pad(leaf, bucket, self.inputs.axis) for leaf in leaves])
-            outputs = [trim(output, rows, self.outputs.axis) for output in outputs]
-        elif device:
-            outputs = plan(*params, *leaves)
-            timed &= _wait_for(outputs, leaves)
-        elif self._lone and not timed:
-            return np.array(plan(*params, *leaves)[0])
-        else:
-            outputs = [*map(np.array, plan(*params, *leaves))]
+        try:
+            if rows < bucket:
+                outputs = plan(*params, *[pad(leaf, bucket, self.inputs.axis) for leaf in leaves])
+                outputs = [trim(output, rows, self.outputs.axis) for output in outputs]
+            elif device:
+                outputs = plan(*params, *leaves)
+                timed &= wait_for(outputs, leaves)
+            elif self._lone and not timed:
+                return np.array(plan(*params, *leaves)[0])
+            else:
+                outputs = [*map(np.array, plan(*params, *leaves))]
+        except ValueError as error:
+            outputs = plan(*params, *elsewhere(leaves, error))
+            outputs, timed = outputs if device else [*map(np.array, outputs)], False
         if timed:
             self.costs.called(bucket, time.perf_counter() - start)
             self._look()
@@ -181,7 +186,7 @@ class Engine:
         policy = self.policy
         wanted = parts = policy.parts(num_rows) if num_rows else ()
         if self.background:
-            parts = self._served_now(parts)
+            parts = self._served_now(parts, ask=not self.sealed)
         begin, start, found, waited = 0.0, 0, [], True
         for rows, bucket in parts:
             stop, plan = start + rows, self.plan(bucket)
@@ -189,7 +194,10 @@ class Engine:
             args = [self.inputs.cut(leaf, start, stop, num_rows, bucket) for leaf in leaves]
             if hidden is not None:
                 hidden.fill(args, start, stop, bucket)
-            outputs = plan(*params, *args)
+            try:
+                outputs = plan(*params, *args)
+            except ValueError as error:
+                outputs = plan(*params, *elsewhere(args, error))
             # Not alive while the next one is compiled, beyond `max_plans`.
             del plan
             if hidden is not None:
@@ -197,7 +205,7 @@ class Engine:
             found.append(outputs)
             start = stop
         if device and len(parts) == 1 and parts[0].rows == parts[0].bucket:
-            waited = _wait_for(found[0], leaves)
+            waited = wait_for(found[0], leaves)
             joined = list(found[0])
         else:
             joined = self.outputs.joined(found, parts)
@@ -227,9 +235,10 @@ class Engine:
         Raises:
             SealedError: If it would have to be compiled and none may be.
         """
-        if self.sealed and bucket not in self.plans:
-            self._refuse(bucket)
-        return self.plans.get(bucket, lambda: self._compile(bucket))
+        try:
+            return self.plans.get(bucket, lambda: self._compile(bucket))
+        except SealedError:
+            raise self._refusal(bucket) from None
 
     def preload(self, sizes: Iterable[int]) -> None:
         """Compiles the plans that requests of these sizes will need, several at a time."""
@@ -249,8 +258,9 @@ class Engine:
         """From now on compiles nothing; waits for what is being compiled."""
         # Companions that came while a plan was compiled have none for it yet.
         self.wait()
-        standing = self.plans.keys()
-        for bucket in standing:
+        # From here on no plan comes or goes, so that what is read is what will be there.
+        self.plans.seal()
+        for bucket in self.plans.keys():
             self._settle(bucket)
         with self._lock:
             self.sealed = True
@@ -276,10 +286,13 @@ class Engine:
                 alive = [each for each in self._companions if each() is not None]
                 self._companions = [*alive, companion]
 
+    def parts(self, num_rows: int) -> Sequence[Part]:
+        """Returns the parts in which a request of `num_rows` would be computed now."""
+        return self._served_now(self.policy.parts(num_rows))
+
     def predict(self, num_rows: int) -> float:
         """Returns the seconds a request of `num_rows` will take, compiles it needs included."""
-        one = self.costs.compile_seconds()
-        parts = self.policy.parts(num_rows)
+        one, parts = self.costs.compile_seconds(), self.parts(num_rows)
         missing = {part.bucket for part in parts if part.bucket not in self.plans}
         return len(missing) * one + sum(self.costs.predict(part.bucket) for part in parts)
 
@@ -361,22 +374,18 @@ class Engine:
             if not self.sealed:
                 self.policy, self._known = learnt, {}
 
-    def _served_now(self, parts: Sequence[Part]) -> Sequence[Part]:
-        """Replaces buckets without a plan by the next larger ones that have one."""
-        missing = [part for part in parts if part.bucket not in self.plans]
-        if not missing:
+    def _served_now(self, parts: Sequence[Part], ask: bool = False) -> Sequence[Part]:
+        """What plans that are there make of these parts; `ask` has the others made behind."""
+        missing = dict.fromkeys(part.bucket for part in parts if part.bucket not in self.plans)
+        if not (self.background and missing):
             return parts
-        there = sorted(self.plans.keys())
-        larger = {
-            part.bucket: next((bucket for bucket in there if bucket > part.bucket), None)
-            for part in missing
-        }
-        for bucket, substitute in larger.items():
-            if substitute is not None and not self.sealed:
+        there = self.plans.keys()
+        for bucket in missing:
+            if ask and bucket < max(there, default=0):
                 self._behind.ask(bucket)
-        return [Part(part.rows, larger.get(part.bucket) or part.bucket) for part in parts]
+        return stood_in(parts, there)
 
-    def _refuse(self, bucket: int) -> None:
+    def _refusal(self, bucket: int) -> SealedError:
         shapes = ", ".join(
             f"inputs{name} {list(kind.shape)}"
             for name, kind in zip(self.inputs.names, self.inputs.types(bucket), strict=True)
@@ -385,13 +394,4 @@ class Engine:
         fix = f"Call infer.preload(({bucket},)) before infer.seal(), or send rows that these hold."
         seen = f"a request that needs a plan for {shapes}"
         expected = f"one of the sealed buckets {sizes}"
-        raise SealedError(explain("inputs", seen=seen, expected=expected, fix=fix))
-
-
-def _wait_for(outputs: Sequence[Any], leaves: Sequence[Any]) -> bool:
-    """Waits where XLA may be reading NumPy arrays of the caller's; tells whether it did."""
-    if np.ndarray in map(type, leaves):
-        for output in outputs:
-            output.block_until_ready()
-        return True
-    return False
+        return SealedError(explain("inputs", seen=seen, expected=expected, fix=fix))

@@ -14,7 +14,7 @@ from jaxhandler.data.dtypes import check_dtype, narrow
 from jaxhandler.errors import a_type, check_count, explain
 from jaxhandler.trees import leaves_with_paths, ragged
 
-__all__ = ["Rows", "both_axes", "pad", "traced_outputs", "trim"]
+__all__ = ["Rows", "both_axes", "elsewhere", "pad", "traced_outputs", "trim", "wait_for"]
 
 # From here on XLA's copy of a buffer that is not aligned costs more than aligning it.
 _WORTH_ALIGNING = 2**16
@@ -353,6 +353,33 @@ def trim(rows: Any, size: int, axis: int = 0) -> np.ndarray:
     """
     rows = np.asarray(rows)
     return np.array(rows[:size] if axis == 0 else rows[(*(slice(None),) * axis, slice(size))])
+
+
+def elsewhere(leaves: Sequence[Any], error: ValueError) -> list[np.ndarray]:
+    """Returns leaves in host memory: a plan takes JAX arrays from no devices but its own.
+
+    Args:
+        leaves: NumPy or JAX arrays, which a plan has refused.
+        error: What it raised.
+
+    Returns:
+        NumPy arrays, which any plan takes.
+
+    Raises:
+        ValueError: The error, where no leaf is a JAX array: then that was not the reason.
+    """
+    if not any(isinstance(leaf, jax.Array) for leaf in leaves):
+        raise error
+    return [np.asarray(leaf) for leaf in leaves]
+
+
+def wait_for(outputs: Sequence[Any], leaves: Sequence[Any]) -> bool:
+    """Waits where XLA may be reading NumPy arrays of the caller's; tells whether it did."""
+    if np.ndarray in map(type, leaves):
+        for output in outputs:
+            output.block_until_ready()
+        return True
+    return False
 
 
 @functools.lru_cache(maxsize=256)
