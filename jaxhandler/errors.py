@@ -8,6 +8,7 @@ import operator
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from numbers import Real
 from typing import Any
 
 __all__ = [
@@ -181,11 +182,11 @@ def check_number(argument: str, value: Any, *, least: float, finite: bool = True
     """
     expected = f"a number of at least {least:g}"
     seen = f"{value!r} ({type(value).__name__})"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(explain(argument, seen=seen, expected=expected))
     if not value >= least or (finite and value == math.inf):
         raise ValueError(explain(argument, seen=seen, expected=expected))
-    return value
+    return float(value)
 
 
 def check_choice(argument: str, value: object, choices: Sequence[object]) -> None:

@@ -85,8 +85,8 @@ class PlanCache:
         1
     """
 
-    max_plans: int | None = None
     sealed: bool = field(default=False, init=False, repr=False)
+    max_plans: int | None = None
     _plans: dict[Hashable, Held] = field(default_factory=dict, init=False, repr=False)
     _building: dict[Hashable, Future[Any]] = field(default_factory=dict, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)

@@ -220,14 +220,15 @@ class Agents:
             fix = "Give jh.recurrent(..., capacity=...) all there will be, or end_agent(...) some."
             expected = "no need of plans for more, after infer.seal()"
             raise SealedError(explain("agent", seen=seen, expected=expected, fix=fix))
-        old, self._capacity = self._capacity, 2 * self._capacity
+        old, capacity = self._capacity, 2 * self._capacity
         grown = []
-        for state, kind in zip(self._states, self.layers.states(self._capacity), strict=True):
+        for state, kind in zip(self._states, self.layers.states(capacity), strict=True):
             wider = np.zeros(kind.shape, kind.dtype)
             wider[:old] = state
             grown.append(self._place(wider))
-        self._states = grown
-        self._free += reversed(range(old, self._capacity))
+        # Once nothing can fail any more.
+        self._states, self._capacity = grown, capacity
+        self._free += reversed(range(old, capacity))
         # Plans of the capacity before would never be used again.
         self._plans.clear()
 

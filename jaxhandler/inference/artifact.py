@@ -1,8 +1,9 @@
 """Artifacts: a folder that holds a model as StableHLO, its parameters, and how it is served."""
 
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,18 @@ MODEL, PARAMS = "model.jax_export", "params.safetensors"
 _KIND, _VERSION = "inferer", 1
 _TREES = ("params", "inputs", "outputs")
 _EXPECTED = "what infer.save wrote"
-_FIX = "It was damaged or changed; save the inferer again."
+_AGAIN = "Save the inferer again, to a folder that does not exist yet."
+_FIX = f"It was damaged or changed. {_AGAIN}"
+_SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "background": lambda value: type(value) is bool,
+    "freeze": lambda value: type(value) is bool,
+    "max_plans": lambda value: value is None or (_is_count(value) and value > 0),
+    "platforms": lambda value: isinstance(value, list) and {*map(type, value)} == {str},
+    "policy": lambda value: isinstance(value, dict),
+    "row_axis": lambda value: isinstance(value, list) and [*map(_is_count, value)] == [True] * 2,
+    "sizes": lambda value: isinstance(value, dict) and all(map(_is_seen, value.items())),
+    "versions": lambda value: isinstance(value, dict) and {*map(type, value.values())} <= {str},
+}
 
 
 class Artifact(NamedTuple):
@@ -63,6 +75,14 @@ class Artifact(NamedTuple):
     params_digest: str
 
 
+class _Meaning(NamedTuple):
+    """What a manifest says, made sense of; leaves and structures in the order of `_TREES`."""
+
+    leaves: list[list["_Leaf"]]
+    structures: list[Any]
+    policy: Policy
+
+
 class _Leaf(NamedTuple):
     name: str
     shape: tuple[int, ...]
@@ -80,7 +100,7 @@ def save(engine: Engine, params: Any, directory: str | os.PathLike[str]) -> None
         directory: The folder; an artifact that lies there is replaced.
 
     Raises:
-        FileExistsError: If something else lies there.
+        FileExistsError: If something else lies there, also beside the files of an artifact.
         ImportError: If flatbuffers is not installed.
         OSError: If it cannot be written.
         TypeError: If a dict has keys that are neither text nor whole numbers.
@@ -89,11 +109,7 @@ def save(engine: Engine, params: Any, directory: str | os.PathLike[str]) -> None
     extra("flatbuffers", "infer.save", "serve")
     path = Path(directory)
     recover(path)
-    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if not empty and _manifest(path) is None:
-        fix, seen = "Choose a folder that does not exist yet.", "something else that lies there"
-        text = explain(str(path), seen=seen, expected="an artifact, or nothing", fix=fix)
-        raise FileExistsError(text)
+    _check_replaceable(path)
     numbers = jax.tree.map(as_numbers, plain(params))
     trees = (numbers, plain(engine.inputs.tree), plain(engine.outputs.tree))
     settings: dict[str, Any] = {
@@ -154,6 +170,7 @@ def describe(directory: str | os.PathLike[str]) -> dict[str, Any]:
     settings, files = manifest.get("settings"), manifest.get("files")
     if not isinstance(settings, dict) or not isinstance(files, dict) or {*files} != {MODEL, PARAMS}:
         raise _damaged(name, "other files than an artifact has")
+    _meaning(name, settings)
     return {**settings, "files": files}
 
 
@@ -192,15 +209,8 @@ def load(directory: str | os.PathLike[str]) -> Artifact:
     """
     settings, path = describe(directory), Path(directory)
     blobs = read_files(directory, settings)
-    try:
-        leaves = [[_leaf(each) for each in settings[name]["leaves"]] for name in _TREES]
-        structures = [from_json(settings[name]["tree"]) for name in _TREES]
-        before, after = map(int, settings["row_axis"])
-        policy, platforms = from_spec(settings["policy"]), tuple(settings["platforms"])
-        if [len(each) for each in leaves] != [each.num_leaves for each in structures]:
-            raise ValueError("leaves that are not those of the trees")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _damaged(path / MANIFEST, f"settings that make no sense ({error!r})") from error
+    leaves, structures, policy = _meaning(path / MANIFEST, settings)
+    (before, after), platforms = settings["row_axis"], settings["platforms"]
     _check_widths(path, [leaf for each in leaves for leaf in each])
     platform = jax.export.default_export_platform()
     if platform not in platforms:
@@ -217,6 +227,7 @@ def load(directory: str | os.PathLike[str]) -> Artifact:
         raise ValueError(
             explain(str(path / MODEL), seen=seen, expected=expected, fix=fix)
         ) from error
+    _check_model(path / MODEL, exported, leaves, (before, after), platforms)
     example = [
         jax.ShapeDtypeStruct((*shape[:before], 1, *shape[before:]), _dtype(dtype))
         for _, shape, dtype in leaves[1]
@@ -234,6 +245,23 @@ def load(directory: str | os.PathLike[str]) -> Artifact:
     )
 
 
+def _check_replaceable(path: Path) -> None:
+    """Refuses to replace what is no artifact, or has files of somebody else in it."""
+    names = sorted(os.listdir(path)) if path.is_dir() else []
+    if names and _manifest(path) is not None:
+        foreign = [name for name in names if name not in (MANIFEST, MODEL, PARAMS)]
+        if foreign:
+            fix = "Move it away, or choose a folder that does not exist yet."
+            seen, expected = "what is no part of an artifact", "no others, which would be deleted"
+            raise FileExistsError(
+                explain(str(path / foreign[0]), seen=seen, expected=expected, fix=fix)
+            )
+    elif names or (path.exists() and not path.is_dir()):
+        fix, seen = "Choose a folder that does not exist yet.", "something else that lies there"
+        text = explain(str(path), seen=seen, expected="an artifact, or nothing", fix=fix)
+        raise FileExistsError(text)
+
+
 def _tree_json(tree: Any, name: str) -> dict[str, Any]:
     flat = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") or name for path, _ in flat]
@@ -246,11 +274,70 @@ def _tree_json(tree: Any, name: str) -> dict[str, Any]:
     return {"tree": to_json(tree, name), "leaves": leaves}
 
 
+def _meaning(name: Path, settings: Mapping[str, Any]) -> _Meaning:
+    """Makes sense of all that `save` wrote, or refuses it."""
+    for setting, makes_sense in _SETTINGS.items():
+        if setting not in settings:
+            raise _damaged(name, f"settings without {setting!r}")
+        if not makes_sense(settings[setting]):
+            raise _damaged(name, f"settings in which {setting!r} is {settings[setting]!r:.60}")
+    try:
+        leaves = [[_leaf(each) for each in settings[tree]["leaves"]] for tree in _TREES]
+        structures = [from_json(settings[tree]["tree"]) for tree in _TREES]
+        policy = from_spec(settings["policy"])
+        if [len(each) for each in leaves] != [each.num_leaves for each in structures]:
+            raise ValueError("leaves that are not those of the trees")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _damaged(name, f"settings that make no sense ({error!r})") from error
+    return _Meaning(leaves, structures, policy)
+
+
+def _check_model(
+    path: Path,
+    exported: jax.export.Exported,
+    leaves: Sequence[Sequence[_Leaf]],
+    row_axis: tuple[int, int],
+    platforms: Sequence[str],
+) -> None:
+    """Refuses a model that is whole, and another one than the manifest speaks of."""
+    params, inputs, outputs = (
+        [_kind(leaf, axis) for leaf in some]
+        for some, axis in zip(leaves, (None, *row_axis), strict=True)
+    )
+    for what, seen, said in (
+        ("takes", [_kind(aval) for aval in exported.in_avals], [*params, *inputs]),
+        ("gives", [_kind(aval) for aval in exported.out_avals], outputs),
+        ("runs on", list(exported.platforms), list(platforms)),
+    ):
+        for found, expected in itertools.zip_longest(seen, said, fillvalue="nothing more"):
+            if found != expected:
+                text, seen = f"{expected}, as the manifest says", f"a model that {what} {found}"
+                raise ValueError(explain(str(path), seen=seen, expected=text, fix=_AGAIN))
+
+
+def _kind(leaf: Any, axis: int | None = None) -> str:
+    sizes = [*map(str, leaf.shape)]
+    if axis is not None:
+        sizes.insert(axis, "rows")
+    return f"{jnp.dtype(leaf.dtype).name}[{', '.join(sizes)}]"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_seen(entry: tuple[str, Any]) -> bool:
+    """Whether that is a number of rows, and how often it was seen."""
+    return entry[0].isascii() and entry[0].isdecimal() and _is_count(entry[1])
+
+
 def _leaf(entry: Mapping[str, Any]) -> _Leaf:
     shape = tuple(map(int, entry["shape"]))
     if min((0, *shape)) < 0 or math.prod(shape) >= 2**62:
         raise ValueError(f"a leaf of shape {list(shape)}")
-    _dtype(entry["dtype"])
+    dtype = _dtype(entry["dtype"])
+    if not any(jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_)):
+        raise TypeError(f"a leaf of dtype {dtype}")
     return _Leaf(str(entry["name"]), shape, str(entry["dtype"]))
 
 
@@ -268,7 +355,7 @@ def _check_widths(path: Path, leaves: Iterable[_Leaf]) -> None:
 
 def _manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of an artifact, or None where there is none of that kind."""
-    manifest = read_manifest(path / MANIFEST)
+    manifest = read_manifest(path / MANIFEST, fix=_AGAIN)
     return manifest if manifest is not None and manifest.get("kind") == _KIND else None
 
 

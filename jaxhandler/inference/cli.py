@@ -3,22 +3,31 @@
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler.data.sources import open_source
-from jaxhandler.errors import extra
+from jaxhandler.errors import explain
 from jaxhandler.handlers.calculator import calculator
 from jaxhandler.inference import artifact
+from jaxhandler.inference.inferer import MemoizingInferer
 from jaxhandler.inference.loading import load_inferer
-from jaxhandler.inference.measuring import measure, plot, recommended
+from jaxhandler.inference.measuring import check_plot, measure, plot, recommended
 from jaxhandler.inference.store import enable_plan_store
+from jaxhandler.versions import versions
 
 __all__ = ["main"]
+
+# The last two are what this machine has no memory for, and what its device says.
+_EXPECTED = (
+    ValueError, TypeError, OSError, ArithmeticError, ImportError, MemoryError, RuntimeError
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; None takes the process's.
 
     Returns:
-        The exit code: 0, or 1 where something is wrong with what was given, in one line on the
-        standard error. Arguments that make no sense exit with 2.
+        The exit code: 0, or 1 where something is wrong with what was given or memory runs out, in
+        one line on the standard error. Arguments that make no sense exit with 2.
 
     Example:
         >>> main(["describe", "nowhere"])
@@ -41,8 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(options, "plan_store", None):
             enable_plan_store(options.plan_store)
         commands[options.command](options)
-    except (ValueError, TypeError, OSError, OverflowError, ImportError) as error:
-        print(f"jaxhandler {options.command}: {error}", file=sys.stderr)
+    except _EXPECTED as error:
+        print(
+            f"jaxhandler {options.command}: {str(error) or type(error).__name__}", file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
         return 130
@@ -53,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jaxhandler", description="Works with artifacts that infer.save wrote."
     )
+    known = ", ".join(f"{name} {text}" for name, text in versions().items())
+    parser.add_argument("--version", action="version", version=known, help="print the versions")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     describe = commands.add_parser(
@@ -68,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="write the predictions for a file",
         description="Computes the outputs for all rows of a source and writes them to a sink; "
-        "neither has to fit in memory.",
+        "neither has to fit in memory. Rows are first in both: what an ensemble gives as "
+        "[members, rows, ...] is written as [rows, members, ...].",
     )
     run.add_argument("artifact", metavar="ARTIFACT", help="the folder")
     run.add_argument(
@@ -82,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SINK",
         help="outputs: .npy for one array; .h5, .zarr, .parquet, .arrow, or a folder for several",
     )
-    run.add_argument("--batch-size", type=int, default=128, help="rows of a batch (128)")
+    run.add_argument("--batch-size", type=_count, default=128, help="rows of a batch (128)")
     run.add_argument(
         "--macrobatch-size", type=_macrobatch, default=10_000,
         help='rows on the device at once, or "auto" (10000)',
@@ -159,6 +173,14 @@ def _leaves(described: Mapping[str, Any], axis: int) -> list[str]:
 
 def _run(options: argparse.Namespace) -> None:
     infer = load_inferer(options.artifact)
+    axis, rows_at = infer.inputs.axis, infer.outputs.axis
+    if axis:
+        seen, fix = f"inputs whose rows are on axis {axis}", "Call the loaded inferer instead."
+        text = explain(options.artifact, seen=seen, expected="rows on the first", fix=fix)
+        raise ValueError(text)
+    if os.path.realpath(options.source) == os.path.realpath(options.sink):
+        seen, fix = "the source", "Choose another path: the rows would be replaced."
+        raise ValueError(explain(options.sink, seen=seen, expected="a sink", fix=fix))
     source = open_source(options.source)
     wanted, apply_fn = infer.raw_input_specs, infer.apply_fn
 
@@ -166,17 +188,14 @@ def _run(options: argparse.Namespace) -> None:
         named = isinstance(wanted, dict) and isinstance(rows, dict) and wanted.keys() <= rows.keys()
         return {name: rows[name] for name in wanted} if named else rows
 
-    # No rows compile nothing, but are checked as all others are.
-    infer(
-        columns(jax.tree.map(lambda spec: np.empty((0, *spec.shape[1:]), spec.dtype), source.specs))
-    )
+    def rows_first(params: Any, rows: Any) -> Any:
+        outputs = apply_fn(params, columns(rows))
+        return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, rows_at, 0), outputs)
+
+    _check_source(options.source, infer, columns(source.specs))
     # An exported model hides its convolutions, of which "auto" would make a loop on CPU.
     mode = "loop" if jax.default_backend() == "cpu" else "auto"
-    calc = calculator(
-        lambda params, rows: apply_fn(params, columns(rows)),
-        batch_size=options.batch_size,
-        mode=mode,
-    )
+    calc = calculator(rows_first, batch_size=options.batch_size, mode=mode)
     calc.calc_from_host(
         infer.params,
         source,
@@ -186,9 +205,19 @@ def _run(options: argparse.Namespace) -> None:
     )
 
 
+def _check_source(path: str, infer: MemoizingInferer, specs: Any) -> None:
+    """Refuses rows that the model does not take, before anything is compiled."""
+    # One zero for all, which takes no memory.
+    rows = jax.tree.map(lambda spec: np.broadcast_to(np.zeros((), spec.dtype), spec.shape), specs)
+    try:
+        infer.inputs.check(infer.inputs.leaves(rows))
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
 def _benchmark(options: argparse.Namespace) -> None:
     if options.plot:
-        extra("matplotlib.figure", "--plot", "plots")
+        check_plot(options.plot)
     timed = measure(options.artifact, options.sizes, options.rounds)
     print(f"{'rows':>8}{'median ms':>12}{'p95 ms':>10}{'rows/s':>12}{'compile ms':>12}")
     for row in timed:
@@ -207,14 +236,13 @@ def _benchmark(options: argparse.Namespace) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return number
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_count(part) for part in text.split(",")}))
+    return tuple(sorted({_count(part.strip()) for part in text.split(",")}))
 
 
 def _macrobatch(text: str) -> int | str:

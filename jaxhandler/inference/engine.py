@@ -260,12 +260,13 @@ class Engine:
         self.wait()
         # From here on no plan comes or goes, so that what is read is what will be there.
         self.plans.seal()
-        for bucket in self.plans.keys():
+        held = frozenset(self.plans.keys())
+        for bucket in held:
             self._settle(bucket)
         with self._lock:
             self.sealed = True
         self.wait()
-        held, learn = frozenset(self.plans.keys()), self.policy.learn
+        learn = self.policy.learn
         if learn is not None and held:
             # Buckets that were chosen and never asked for yet would refuse what was served before.
             with self._lock:

@@ -45,8 +45,9 @@ def check_row_independence(
     precision for this.
 
     Up to eight rows of the example are used, and at least three more are made of them by changing
-    their floats; whole numbers only vary as far as they do in the example. What never happens with
-    these rows is not seen.
+    their floats. Whole numbers and bools only vary as far as they do in the example, and so must
+    differ in some rows of it, of which the first is used in any case. What never happens with these
+    rows is not seen.
 
     Args:
         apply_fn: `apply_fn(params, inputs)`, pure; `jax.jit` traces it for up to five row counts.
@@ -58,8 +59,9 @@ def check_row_independence(
         RowDependenceError: If an output row depends on another row, on its place or on how many
             there are; names the output leaf, the row, what was changed and the remedy.
         TypeError: If the example is not arrays with values.
-        ValueError: If it has no rows, an output has no row per row, or the model gives other values
-            when it is repeated: then nothing can be compared.
+        ValueError: If it has no rows, whole numbers or bools that are the same in all rows, an
+            output has no row per row, or the model gives other values when it is repeated: then
+            nothing can be compared.
 
     Example:
         >>> import numpy as np
@@ -147,14 +149,31 @@ def _some_rows(example: Any, axis: int) -> tuple[list[np.ndarray], Rows]:
             )
     form = Rows(example, axis, narrowing="allow")
     pairs = zip(jax.tree.leaves(example), form.specs, strict=True)
-    rows = [np.moveaxis(np.asarray(leaf, spec.dtype), axis, 0)[:_MOST_ROWS] for leaf, spec in pairs]
-    given = len(rows[0])
-    if not given:
+    rows = [np.moveaxis(np.asarray(leaf, spec.dtype), axis, 0) for leaf, spec in pairs]
+    if not len(rows[0]):
         raise ValueError(explain("example", seen="0 rows", expected="at least one"))
+    chosen = [*range(min(_MOST_ROWS, len(rows[0])))]
+    for path, leaf in zip(form.names, rows, strict=True):
+        if not _is_float(leaf) and leaf[0].size:
+            chosen.append(_first_other(path, leaf))
+    rows = [leaf[[*dict.fromkeys(chosen)]] for leaf in rows]
+    given = len(rows[0])
     made = np.arange(max(_MADE_ROWS, _LEAST_ROWS - given)) % given
     rng = np.random.default_rng(0)
     new = [_changed(leaf[made], _other_values, rng) for leaf in rows]
     return [np.concatenate(pair) for pair in zip(rows, new, strict=True)], form
+
+
+def _first_other(path: str, leaf: np.ndarray) -> int:
+    """The first row of whole numbers or bools that is not like the one before all."""
+    others = (leaf != leaf[0]).reshape(len(leaf), -1).any(axis=1)
+    if not others.any():
+        kind = "bools" if leaf.dtype == bool else "whole numbers"
+        fix = "Give rows that differ: there are no others that could not be out of range."
+        seen = f"the same {kind} in all rows ({len(leaf)})"
+        expected = "two that can be told apart"
+        raise ValueError(explain("example", path=path, seen=seen, expected=expected, fix=fix))
+    return int(others.argmax())
 
 
 def _trials(rows: list[np.ndarray]) -> Iterator[_Trial]:

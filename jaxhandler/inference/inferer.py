@@ -338,7 +338,7 @@ class MemoizingInferer:
             directory: The folder; an artifact that lies there is replaced.
 
         Raises:
-            FileExistsError: If something else lies there.
+            FileExistsError: If something else lies there, or files of yours in the artifact.
             ImportError: If flatbuffers is not installed; names the extra.
             OSError: If it cannot be written.
             TypeError: If a dict has keys that are neither text nor whole numbers.
@@ -359,7 +359,11 @@ class MemoizingInferer:
 
     @property
     def apply_fn(self) -> Callable[..., Any]:
-        """The model under all wrappers, `apply_fn(params, inputs)`: for `jit` and handlers."""
+        """The model under all wrappers, `apply_fn(params, inputs)`: for `jit` and handlers.
+
+        A handler takes rows first, in outputs as well. What an ensemble gives as `[E, N, ...]` it
+        would take for `E` rows: move them there, `jnp.moveaxis(apply_fn(params, x), 1, 0)`.
+        """
         return self.engine.apply_fn
 
     @property

@@ -5,17 +5,18 @@ import os
 import random
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxhandler.errors import extra
+from jaxhandler.errors import explain, extra
 from jaxhandler.inference import policies
 from jaxhandler.inference.buckets import Observed, learned_buckets
 from jaxhandler.inference.loading import load_inferer
 
-__all__ = ["Timing", "measure", "plot", "recommended"]
+__all__ = ["Timing", "check_plot", "measure", "plot", "recommended"]
 
 
 class Timing(NamedTuple):
@@ -112,6 +113,27 @@ def recommended(
     compiling = float(np.median([row.compile_seconds for row in timed]))
     seconds = {row.rows: row.median for row in timed}
     return learned_buckets(Observed(expected, seconds, compiling, frozenset()), max_plans)
+
+
+def check_plot(path: str) -> None:
+    """Refuses a file to which `plot` could not draw.
+
+    Args:
+        path: As `plot` will get it.
+
+    Raises:
+        FileNotFoundError: If its folder does not exist.
+        ImportError: If matplotlib is not installed; names the extra.
+        ValueError: If there is no format of its ending.
+    """
+    figure: Any = extra("matplotlib.figure", "--plot", "plots").Figure()
+    formats, ending = figure.canvas.get_supported_filetypes(), Path(path).suffix[1:].lower()
+    if ending not in formats:
+        expected = "one of " + ", ".join(f".{name}" for name in sorted(formats))
+        raise ValueError(explain("--plot", seen=repr(path), expected=expected))
+    if not Path(path).parent.is_dir():
+        seen, expected = f"no folder {str(Path(path).parent)!r}", "a folder that is there"
+        raise FileNotFoundError(explain("--plot", seen=seen, expected=expected))
 
 
 def plot(timed: Sequence[Timing], buckets: Sequence[int], path: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jaxhandler.errors import a_type, check_count, check_counts, explain
+from jaxhandler.errors import a_type, check_choice, check_count, check_counts, explain
 from jaxhandler.inference import policies
 from jaxhandler.inference.engine import Engine
 from jaxhandler.inference.independence import check_row_independence
@@ -40,8 +40,8 @@ def memoizing_inferer(
         preload: Numbers of rows whose plans are compiled now.
         policy: Which buckets there are, one of `jh.policies`; None is `jh.policies.exact()`.
         max_plans: The most plans to hold; the one unused for longest goes first. None holds all.
-        background: Whether rows are served by a larger plan at once, where there is one, while
-            their own is compiled in a thread.
+        background: Whether rows are served by a larger plan at once, padded, where there is one,
+            while their own is compiled in a thread.
         freeze: Whether parameters become constants of every plan: for small models of many leaves,
             of which each costs more than a microsecond a call. `with_params` then raises.
         row_axis: Where rows are, in inputs and outputs alike: 1 serves an ensemble `[E, B, ...]`; a
@@ -79,6 +79,9 @@ def memoizing_inferer(
     sizes = check_counts("preload", preload)
     if max_plans is not None:
         check_count("max_plans", max_plans)
+    flags = {"background": background, "freeze": freeze, "check_rows": check_rows}
+    for name, value in flags.items():
+        check_choice(name, value, (False, True))
     in_axis, out_axis = both_axes(row_axis)
     held = on_device(params)
     rows = Rows(example, in_axis, narrowing=narrowing)

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -15,7 +16,8 @@ from jaxhandler.inference.rows import Rows
 __all__ = ["check_row", "join_rows", "refuse_hidden", "split_rows"]
 
 # What NumPy makes of Python's numbers, and which of it means the same as another kind.
-_KINDS = {"b": "b", "i": "biu", "u": "biu", "f": "biuf", "c": "biufc"}
+_KINDS = {"b": "b", "i": "biu", "f": "biuf", "c": "biufc"}
+_ABSTRACT = {"b": np.bool_, "i": np.integer, "f": np.floating, "c": np.complexfloating}
 
 
 def check_row(form: Rows, row: Any, argument: str, hidden: Collection[str] = ()) -> list[Any]:
@@ -107,7 +109,7 @@ def _array(name: str, leaf: Any, spec: jax.ShapeDtypeStruct, narrowing: str) -> 
     if leaf.dtype != dtype and check_dtype(name, leaf, narrowing) != dtype:
         raise TypeError(explain(name, seen=f"dtype {leaf.dtype}", expected=str(dtype)))
     array = np.asarray(leaf)
-    return array if array.dtype == dtype else narrow(name, array[None], dtype)[0]
+    return array if array.dtype == dtype else narrow(name, array[None], dtype, None)[0]
 
 
 def _from_python(name: str, value: Any, dtype: np.dtype) -> np.ndarray:
@@ -118,13 +120,19 @@ def _from_python(name: str, value: Any, dtype: np.dtype) -> np.ndarray:
         raise ValueError(
             explain(name, seen="lists of several lengths", expected=expected)
         ) from error
-    # bfloat16 and its like call themselves void.
-    kind = "f" if dtype.kind == "V" else dtype.kind
+    # bfloat16, int4 and their like call themselves void.
+    kind = next(kind for kind, of in _ABSTRACT.items() if jnp.issubdtype(dtype, of))
     if array.size and array.dtype.kind not in _KINDS[kind]:
         raise TypeError(explain(name, seen=f"{value!r:.60}", expected=expected))
-    if kind in "iu" and array.dtype.kind in "iu":
-        return narrow(name, array[None], dtype)[0]
-    return array.astype(dtype)
+    if kind == "i" and dtype.kind == "V":
+        # NumPy does not know the limits, and wraps.
+        found = array.astype(dtype)
+        if (found.astype(array.dtype) != array).any():
+            raise OverflowError(explain(name, seen=f"{value!r:.60}", expected=expected))
+        return found
+    # Whole numbers as floats first, of which some are too large.
+    array = array.astype(np.promote_types(array.dtype, "f8")) if kind in "fc" else array
+    return narrow(name, array[None], dtype, None)[0]
 
 
 def _refuse_names(form: Rows, row: Any, argument: str, hidden: Collection[str]) -> NoReturn:

@@ -159,7 +159,8 @@ def multiples(of: int, largest: int) -> Policy:
 def fixed(sizes: Iterable[int]) -> Policy:
     """Makes the policy that splits rows greedily into the given sizes and never pads.
 
-    The size 1 is added, so that nothing is left over. For models of which a row costs much.
+    The size 1 is added, so that nothing is left over. For models of which a row costs much. With
+    `background=True` larger plans stand in, padded, for those that are not there yet.
 
     Args:
         sizes: The buckets, in any order.

@@ -86,7 +86,7 @@ class Reply:
         self._done.release()
 
     def cancel(self) -> None:
-        """Wakes the caller with an error that says so."""
+        """Wakes the caller, whom nothing else has to tell, with an error that says so."""
         self.set_exception(CancelledError())
 
     def result(self) -> Any:
@@ -161,7 +161,9 @@ class Request:
     def cancel(self) -> None:
         """Cancels it where it waits."""
         if self.loop is None:
-            self.future.cancel()
+            # Who waits for several futures is told by the second call, not by the first.
+            if self.future.cancel():
+                self.future.set_running_or_notify_cancel()
         else:
             # Nobody waits in a loop that was closed.
             with contextlib.suppress(RuntimeError):

@@ -14,6 +14,7 @@ from jaxhandler.inference.named import check_row
 __all__ = ["RunError", "Runtime", "choose", "runtime"]
 
 Requests = dict[Hashable, Any]
+Queue = dict[Hashable, tuple[int, Any]]
 
 
 class RunError(RuntimeError):
@@ -49,7 +50,7 @@ class _Model(NamedTuple):
     """A model, and by agent the ticket and the row of each request that waits, in their order."""
 
     infer: MemoizingInferer
-    queue: dict[Hashable, tuple[int, Any]]
+    queue: Queue
 
 
 class Runtime:
@@ -184,7 +185,8 @@ class Runtime:
 
         A model computes all that waits for it. What that will cost says its `predict_seconds`, from
         what was measured, compiles included; of a model that was never measured it says nothing,
-        and it runs while time is left. Those that do not fit keep their place.
+        and it runs while time is left. Those that do not fit keep their place. So does one that
+        Ctrl-C, or what a signal's handler raises, interrupts; results of those before it are lost.
 
         Args:
             milliseconds: The budget; `math.inf` runs all.
@@ -218,11 +220,15 @@ class Runtime:
         errors: dict[str, Exception] = {}
         failed: dict[str, Requests] = {}
         while (taken := self._take(end, deadline, first=not results and not errors)) is not None:
-            name, infer, requests = taken
+            name, infer, queue = taken
+            requests = {agent: row for agent, (_, row) in queue.items()}
             try:
                 results[name] = infer.batch(requests)
             except Exception as error:
                 errors[name], failed[name] = error, requests
+            except BaseException:
+                self._put_back(name, queue)
+                raise
         if errors:
             raise RunError(results, errors, failed) from next(iter(errors.values()))
         return results
@@ -249,7 +255,7 @@ class Runtime:
 
     def _take(
         self, end: int, deadline: float, first: bool
-    ) -> tuple[str, MemoizingInferer, Requests] | None:
+    ) -> tuple[str, MemoizingInferer, Queue] | None:
         """Takes what waits for the model whose turn it is; None where none of them fits."""
         with self._lock:
             tickets = {name: _ticket(model) for name, model in self._models.items() if model.queue}
@@ -264,7 +270,18 @@ class Runtime:
                 return None
             infer, queue = self._models[name]
             self._models[name] = _Model(infer, {})
-        return name, infer, {agent: row for agent, (_, row) in queue.items()}
+        return name, infer, queue
+
+    def _put_back(self, name: str, queue: Queue) -> None:
+        """Has requests wait where they did; of an agent that has asked again, what it asks now."""
+        with self._lock:
+            if name in self._models:
+                newer = self._models[name].queue
+                again = {
+                    agent: (ticket, newer.pop(agent, (ticket, row))[1])
+                    for agent, (ticket, row) in queue.items()
+                }
+                self._models[name] = self._models[name]._replace(queue=again | newer)
 
     def _find(self, name: str) -> _Model:
         if name not in self._models:

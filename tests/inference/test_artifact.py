@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -233,6 +234,17 @@ def test_a_folder_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "plans/of_mine"])
+def test_files_of_somebody_else_in_an_artifact_are_not_deleted(tmp_path: Path, name: str) -> None:
+    an_inferer(1.0).save(tmp_path / "model")
+    (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "model" / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"{name.split('/')[0]}: saw what is no part"):
+        an_inferer(2.0).save(tmp_path / "model")
+    assert (tmp_path / "model" / name).read_text() == "mine"
+    np.testing.assert_array_equal(jh.load_inferer(tmp_path / "model").params["w"], X[:3, :2])
+
+
 @pytest.mark.parametrize("name", [MODEL, PARAMS])
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
     an_inferer().save(tmp_path / "model")
@@ -281,12 +293,78 @@ CHANGES: dict[str, Change] = {
     "files": lambda manifest: manifest.update(files=[]),
     "settings": lambda manifest: manifest.update(settings=None),
     "policy": lambda manifest: manifest["settings"].update(policy={"name": "system"}),
+    "buckets": lambda manifest: manifest["settings"].update(
+        policy={"name": "adaptive", "max_plans": 3, "sizes": [0]}
+    ),
     "tree": lambda manifest: manifest["settings"]["params"].update(tree={"code": []}),
     "leaves": lambda manifest: manifest["settings"]["params"]["leaves"].pop(),
     "shape": lambda manifest: manifest["settings"]["inputs"]["leaves"][0].update(shape=[-1]),
     "dtype": lambda manifest: manifest["settings"]["params"]["leaves"][0].update(dtype="linalg"),
     "axis": lambda manifest: manifest["settings"].update(row_axis=0),
+    "object dtype": lambda manifest: manifest["settings"]["inputs"]["leaves"][0].update(dtype="O"),
 }
+SETTINGS: dict[str, list[Any]] = {
+    "background": ["no", 1, None],
+    "freeze": [3, None],
+    "max_plans": ["x", 0, True],
+    "platforms": ["cpu", [1], {}],
+    "row_axis": [[0], [0, "1"], [0, -1], [0, 1, 2]],
+    "sizes": [[1], {"a": 1}, {"-3": 1}, {"3": "x"}, {"3": True}],
+    "versions": [None, {"jax": 1}],
+    "policy": [[1], None],
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_is_missing_or_of_another_type_is_refused_by_name(
+    tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "model"
+    an_inferer().save(path)
+    whole = (path / "manifest.json").read_bytes()
+    changes: list[Change] = [lambda manifest: manifest["settings"].pop(name)]
+    for value in SETTINGS[name]:
+        changes.append(lambda manifest, value=value: manifest["settings"].update({name: value}))
+    for change in changes:
+        (path / "manifest.json").write_bytes(whole)
+        rewrite(path, change)
+        # Also for `python -m jaxhandler describe`.
+        for look in (jh.load_inferer, describe):
+            with pytest.raises(
+                ValueError, match=rf"manifest\.json: saw settings .*{name}"
+            ) as error:
+                look(path)
+            assert "Save the inferer again" in str(error.value)
+
+
+def first_column(params: Any, x: Any) -> Any:
+    return x[:, :1] * params["w"].sum() + params["b"].sum()
+
+
+OTHER_MODELS = {
+    "takes float32[3], expected float32[2]": (first_column, X[:1], 3),
+    "takes float32[rows, 2], expected float32[rows, 3]": (first_column, X[:1, :2], 2),
+    "takes bfloat16[rows, 3], expected float32[rows, 3]": (
+        lambda params, x: dense(params, x.astype(jnp.float32)), X[:1].astype(jnp.bfloat16), 2
+    ),
+    "gives float32[rows, 1], expected float32[rows, 2]": (first_column, X[:1], 2),
+    "gives float32[rows, 2], expected nothing more": (
+        lambda params, x: [dense(params, x)] * 2, X[:1], 2
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", OTHER_MODELS)
+def test_a_model_of_another_artifact_is_refused_by_name(tmp_path: Path, said: str) -> None:
+    model, example, width = OTHER_MODELS[said]
+    params = {"w": X[:3, :2], "b": np.zeros(width, np.float32)}
+    jh.memoizing_inferer(model, params, example).save(tmp_path / "other")
+    an_inferer().save(tmp_path / "model")
+    shutil.copy(tmp_path / "other" / MODEL, tmp_path / "model" / MODEL)
+    entry = describe(tmp_path / "other")["files"][MODEL]
+    rewrite(tmp_path / "model", lambda manifest: manifest["files"].update({MODEL: entry}))
+    with pytest.raises(ValueError, match=f"{MODEL}: saw a model that {re.escape(said)}"):
+        jh.load_inferer(tmp_path / "model")
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

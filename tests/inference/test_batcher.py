@@ -489,6 +489,12 @@ def test_wrong_arguments_are_refused(options, error, message):
     assert message in str(caught.value)
 
 
+def test_milliseconds_may_be_numbers_of_numpys():
+    waits = {"max_wait_ms": np.float32(2), "timeout_ms": np.int64(60_000)}
+    with jh.micro_batcher(make_infer(), max_rows=4, **waits) as batcher:
+        assert "max_wait_ms=2:" in repr(batcher)
+
+
 def test_what_is_no_inferer_is_refused():
     with pytest.raises(TypeError, match="infer: saw a function"):
         jh.micro_batcher(lambda x: x, max_rows=4, max_wait_ms=2)

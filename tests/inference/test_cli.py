@@ -1,10 +1,13 @@
 """The command line, called as a function, and once as a process."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -84,9 +87,80 @@ def test_run_refuses_rows_that_the_model_does_not_take(
     np.savez(tmp_path / "rows.npz", x=X[:, :2], y=X)
     assert main(["run", model, str(tmp_path / "rows.npz"), str(tmp_path / "y.npy")]) == 1
     assert capsys.readouterr().err == (
-        "jaxhandler run: inputs['x']: saw shape [0, 2], expected [rows, 3].\n"
+        f"jaxhandler run: {tmp_path / 'rows.npz'}: inputs['x']: saw shape [10, 2], "
+        "expected [rows, 3].\n"
     )
     assert not (tmp_path / "y.npy").exists()
+
+
+def test_run_refuses_to_replace_its_source(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "x.npy", X)
+    (tmp_path / "same.npy").symlink_to(tmp_path / "x.npy")
+    assert main(["run", model, str(tmp_path / "x.npy"), str(tmp_path / "same.npy")]) == 1
+    assert "same.npy: saw the source, expected a sink." in capsys.readouterr().err
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), X)
+
+
+@pytest.fixture
+def ensemble(tmp_path: Path) -> str:
+    """An artifact of three members, `[rows, 3] -> {"y": [3, rows, 3], "top": [3, rows]}`."""
+    scales = np.arange(1, 4, dtype=np.float32)
+
+    def apply_fn(scales: Any, x: Any) -> Any:
+        y = scales[:, None, None] * x
+        return {"y": y, "top": y.max(axis=2)}
+
+    infer = jh.memoizing_inferer(apply_fn, scales, X[:1], row_axis=(0, 1))
+    infer.save(tmp_path / "ensemble")
+    return str(tmp_path / "ensemble")
+
+
+@pytest.mark.parametrize("num_rows", [3, 10], ids=["as many rows as members", "more rows"])
+@pytest.mark.parametrize("batch_size", [2, 3], ids=["smaller batches", "a batch of as many"])
+def test_run_writes_an_ensembles_outputs_with_rows_first(
+    ensemble: str, tmp_path: Path, num_rows: int, batch_size: int
+) -> None:
+    np.save(tmp_path / "x.npy", X[:num_rows])
+    sizes = ["--batch-size", str(batch_size), "--macrobatch-size", "6", "--quiet"]
+    assert main(["run", ensemble, str(tmp_path / "x.npy"), str(tmp_path / "out"), *sizes]) == 0
+    expected = X[:num_rows, None] * np.arange(1, 4, dtype=np.float32)[:, None]
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "y.npy"), expected)
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "top.npy"), expected.max(axis=2))
+
+
+def test_run_refuses_inputs_with_rows_on_another_axis(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = np.zeros((2, 1, 3), np.float32)
+    infer = jh.memoizing_inferer(lambda _, x: 2 * x, (), example, row_axis=1)
+    infer.save(tmp_path / "members")
+    np.save(tmp_path / "x.npy", np.zeros((10, 1, 3), np.float32))
+    paths = [str(tmp_path / name) for name in ("members", "x.npy", "y.npy")]
+    assert main(["run", *paths]) == 1
+    assert "members: saw inputs whose rows are on axis 1" in capsys.readouterr().err
+    assert not (tmp_path / "y.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(MemoryError(), "MemoryError"), (RuntimeError("no device"), "no device")],
+)
+def test_what_the_machine_cannot_do_is_one_line_too(
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    said: str,
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("jaxhandler.inference.cli.load_inferer", fails)
+    assert main(["run", model, "x.npy", "y.npy"]) == 1
+    assert capsys.readouterr().err == f"jaxhandler run: {said}\n"
 
 
 def test_run_keeps_plans_where_it_is_told(model: str, tmp_path: Path) -> None:
@@ -113,9 +187,43 @@ def test_benchmark_prints_a_table_and_buckets_for_the_sizes_seen(
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("name", "said"), [("speed.txt", "'.*speed.txt', expected one of .*.png"),
+                                           ("no/speed.png", "no folder '.*no'")])  # fmt: skip
+def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_timed(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
+    assert main(["benchmark", model, "--plot", str(tmp_path / name)]) == 1
+    found = capsys.readouterr()
+    assert not found.out
+    assert re.search(f"--plot: saw {said}", found.err)
+
+
+def test_version_tells_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert f"jax {jax.__version__}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "argv",
-    [[], ["serve"], ["benchmark", "model", "--sizes", "0"], ["run", "model"],
+    [["benchmark", "model", "--sizes", "1,many"], ["benchmark", "model", "--rounds", "many"],
+     ["run", "m", "x", "y", "--macrobatch-size", "many"],
+     ["run", "m", "x", "y", "--batch-size", "many"]],
+)  # fmt: skip
+def test_a_number_that_is_none_is_named_as_it_was_written(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(argv)
+    said = f"argument {argv[-2]}: 'many' is no whole number of at least 1"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["serve"], ["run", "m", "x", "y", "--batch-size", "0"],
+     ["benchmark", "model", "--sizes", "0"], ["run", "model"],
      ["benchmark", "model", "--rounds", "many"], ["run", "m", "x", "y", "--macrobatch-size", "-1"]],
 )  # fmt: skip
 def test_arguments_that_make_no_sense_exit_with_2(

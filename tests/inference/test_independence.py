@@ -133,6 +133,30 @@ def test_rows_that_meet_by_their_whole_numbers_are_refused() -> None:
         check_row_independence(lambda w, x: x - x.max(), (), tokens)
 
 
+@pytest.mark.parametrize("leaf", [np.full((3, 2), 5, np.int32), np.ones((1, 2), bool)])
+def test_whole_numbers_that_are_the_same_in_all_rows_show_nothing_and_are_refused(leaf) -> None:
+    example = {"n": leaf, "x": X[: len(leaf)]}
+    with pytest.raises(ValueError, match=r"example\['n'\]: saw the same .* Give rows that differ"):
+        check_row_independence(lambda w, x: x["n"] & x["n"].min(), (), example)
+    with pytest.raises(ValueError, match="Give rows that differ"):
+        jh.memoizing_inferer(
+            lambda w, x: x["n"] & x["n"].min(), (), example,
+            policy=jh.policies.single(), check_rows=True,
+        )  # fmt: skip
+
+
+def test_the_first_row_with_other_whole_numbers_is_looked_at_wherever_it_is() -> None:
+    tokens = np.repeat(np.array([7, 9], np.int32), [50, 50])
+    check_row_independence(lambda w, x: x + 1, (), tokens)
+    with pytest.raises(jh.RowDependenceError):
+        check_row_independence(lambda w, x: x - x.max(), (), tokens)
+
+
+def test_whole_numbers_without_values_need_not_differ() -> None:
+    example = {"none": np.zeros((4, 0), np.int32), "x": X}
+    check_row_independence(lambda w, x: x["x"], (), example)
+
+
 def test_rows_that_meet_by_their_bools_are_refused() -> None:
     inputs = {"mask": np.array([True, False, True]), "x": np.ones((3, 2), np.float32)}
     with pytest.raises(jh.RowDependenceError):

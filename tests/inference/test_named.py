@@ -104,6 +104,36 @@ def test_what_does_not_fit_names_agent_and_input(wrong):
     assert infer.stats().rows == 0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "fits", "too_large"),
+    [
+        (jnp.int4, [7, -8], [8, 1]),
+        (jnp.uint4, [15, 0], [-1, 0]),
+        (np.int8, [-128, True], [128, 0]),
+        (np.float16, [1.5, 2], [1e6, 0]),
+        (np.float16, [60_000, 2], [70_000, 0]),
+        (np.float32, [1e30, 2], [1e300, 0]),
+        (jnp.bfloat16, [1.5, -2], [1e300, 0]),
+        (jnp.float8_e4m3fn, [1.5, -2], [1e6, 0]),
+        (np.complex64, [1j, 2.5], [1e300j, 0]),
+    ],
+)
+def test_numbers_of_pythons_are_what_the_dtype_has_or_refused(dtype, fits, too_large):
+    infer = jh.memoizing_inferer(lambda _, x: x, (), np.zeros((1, 2), dtype))
+    found = infer.single(fits)
+    assert found.dtype == dtype
+    assert found.tolist() == np.array(fits, dtype).tolist()
+    with pytest.raises(OverflowError, match="inputs of agent 0: saw"):
+        infer.single(too_large)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int4, np.int32])
+def test_fractions_are_no_whole_numbers(dtype):
+    infer = jh.memoizing_inferer(lambda _, x: x, (), np.zeros((1, 2), dtype))
+    with pytest.raises(TypeError, match="expected numbers that int"):
+        infer.single([1.5, 1])
+
+
 def test_doubles_are_narrowed_as_the_inferer_says():
     infer = plain(narrowing="raise")
     with pytest.raises(TypeError, match="agent 0"):

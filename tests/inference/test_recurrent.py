@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxhandler as jh
+from jaxhandler.inference.agents import Agents
 
 POLICIES = {
     "exact": jh.policies.exact(),
@@ -99,6 +100,36 @@ def test_a_freed_place_does_not_hand_its_state_on():
     infer.end_agent("a")
     infer.begin_agent("b")
     assert seen(infer, "b") == seen(infer, "a") == 0
+
+
+def test_an_agent_for_whom_there_is_no_memory_disturbs_no_others(monkeypatch):
+    infer = jh.recurrent(
+        jh.memoizing_inferer(
+            lambda _, x: {"a": x["a"] + x["x"], "b": x["b"] + x["x"], "y": x["a"] + x["b"]},
+            (),
+            {name: np.zeros((1, 2), np.float32) for name in "abx"},
+        ),
+        {"a": "a", "b": "b"},
+        capacity=1,
+    )
+    infer.begin_agent("anna")
+    assert infer.batch({"anna": {"x": [1, 2]}})["anna"]["y"].tolist() == [0, 0]
+    place, placed = Agents._place, []
+
+    def fails(self, state):
+        placed.append(state)
+        if len(placed) == 2:
+            raise MemoryError
+        return place(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Agents, "_place", fails)
+        with pytest.raises(MemoryError):
+            infer.begin_agent("berta")
+    assert infer.batch({"anna": {"x": [0, 0]}})["anna"]["y"].tolist() == [2, 4]
+    infer.begin_agent("berta")
+    both = infer.batch({agent: {"x": [0, 0]} for agent in ("anna", "berta")})
+    assert [each["y"].tolist() for each in both.values()] == [[2, 4], [0, 0]]
 
 
 def test_ending_an_unknown_agent_does_nothing():

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, as_completed, wait
 
 import pytest
 
@@ -101,6 +101,15 @@ def test_closing_without_draining_cancels_what_waits_inside_and_at_the_door():
     assert all(request.future.cancelled() for request in requests)
     assert taken(line) is None
     assert line.stats().cancelled == 3
+
+
+def test_who_waits_for_several_futures_hears_of_those_that_are_cancelled_by_closing():
+    line = make_line(max_rows=1, max_queue=1)
+    futures = [request.future for request in put(line, *"abc")]
+    futures[1].cancel()
+    line.close(drain=False)
+    assert wait(futures, timeout=0).not_done == set()
+    assert {*as_completed(futures, timeout=0)} == {*futures}
 
 
 def test_a_reply_gives_a_result_or_raises_an_error():

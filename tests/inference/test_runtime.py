@@ -247,6 +247,59 @@ def test_requests_from_many_threads_are_all_computed_once(infer):
     assert sorted(done) == [(value, float(value)) for value in range(num_threads * per_thread)]
 
 
+def test_a_model_that_a_larger_plan_serves_at_once_runs_before_its_own_plan_is_there():
+    fast = make_infer()
+    fast.preload((1,))
+    infer = jh.memoizing_inferer(
+        scale,
+        1.0,
+        {"x": np.zeros((1, 2), np.float32)},
+        policy=jh.policies.powers_of_two(4),
+        background=True,
+        preload=(4,),
+    )
+    for _ in range(3):
+        infer.engine.costs.compiled(HOUR)
+    rt = jh.runtime({"fast": fast, "behind": infer})
+    rt.push("fast", 0, row(1))
+    rt.push("behind", 0, row(2))
+    rt.push("behind", 1, row(3))
+    assert seen(rt.run_for(MINUTE_MS)) == {"fast": {0: 1.0}, "behind": {0: 2.0, 1: 3.0}}
+    infer.wait()
+
+
+def test_what_ctrl_c_interrupts_waits_where_it_did():
+    armed = []
+
+    def interrupted(params, inputs):
+        if armed:
+            armed.clear()
+            # As another thread would.
+            rt.push("a", "berta", row(5))
+            rt.push("a", "carla", row(3))
+            raise KeyboardInterrupt
+        return scale(params, inputs)
+
+    rt = jh.runtime({"a": make_infer(apply_fn=interrupted), "b": make_infer()})
+    rt.push("a", "anna", row(1))
+    rt.push("a", "berta", row(2))
+    rt.push("b", "anna", row(4))
+    armed.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        rt.run()
+    assert rt.waiting() == {"a": 3, "b": 1}
+    # The first place is its own still, and of an agent that asked again, the newer row counts.
+    assert seen(rt.run_for(0)) == {"a": {"anna": 1.0, "berta": 5.0, "carla": 3.0}}
+    assert seen(rt.run()) == {"b": {"anna": 4.0}}
+
+
+@pytest.mark.parametrize("budget", [np.float32(60_000), np.int64(60_000)])
+def test_a_budget_may_be_a_number_of_numpys(infer, budget):
+    rt = jh.runtime({"a": infer})
+    rt.push("a", 0, row(1))
+    assert seen(rt.run_for(budget)) == {"a": {0: 1.0}}
+
+
 @pytest.mark.parametrize("budget", [-1, math.nan])
 def test_a_budget_that_makes_no_sense_is_refused(budget):
     with pytest.raises(ValueError, match="milliseconds: saw"):
