@@ -246,7 +246,7 @@ def micro_batcher(
     check_count("max_rows", max_rows)
     queued = _QUEUED_BATCHES * max_rows if max_queue is None else max_queue
     check_count("max_queue", queued, least=max_rows)
-    check_number("max_wait_ms", max_wait_ms, least=0)
+    max_wait_ms = check_number("max_wait_ms", max_wait_ms, least=0)
     timeout = math.inf
     if timeout_ms is not None:
         timeout = check_number("timeout_ms", timeout_ms, least=max_wait_ms) / 1e3

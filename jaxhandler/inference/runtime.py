@@ -212,7 +212,7 @@ class Runtime:
             >>> rt.waiting()
             {'walker': 1, 'swimmer': 0}
         """
-        check_number("milliseconds", milliseconds, least=0, finite=False)
+        milliseconds = check_number("milliseconds", milliseconds, least=0, finite=False)
         deadline = time.perf_counter() + milliseconds / 1e3
         # What is pushed from now on waits for the next run, unless its model is still to come.
         end = self._ticket

@@ -101,6 +101,20 @@ def test_a_stored_plan_takes_arrays_of_both_kinds(store: Path, model: Path) -> N
     assert isinstance(infer(X, device=True)["y"], jax.Array)
 
 
+def test_a_stored_plan_and_what_replaces_it_take_rows_from_other_devices(
+    store: Path, model: Path
+) -> None:
+    expected = jh.load_inferer(model)(X)["y"]
+    infer = jh.load_inferer(model)
+    elsewhere = jax.device_put(X, jax.devices()[1])
+    for _ in range(40):
+        np.testing.assert_array_equal(infer(elsewhere)["y"], expected)
+    infer.wait()
+    for _ in range(2):
+        np.testing.assert_array_equal(infer(elsewhere)["y"], expected)
+    assert infer.stats().compiles == 1
+
+
 def test_a_stored_plan_is_replaced_once_it_is_used_often(
     store: Path, model: Path, events: list[str]
 ) -> None:
