@@ -184,9 +184,10 @@ def check_number(argument: str, value: Any, *, least: float, finite: bool = True
     seen = f"{value!r} ({type(value).__name__})"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(explain(argument, seen=seen, expected=expected))
-    if not value >= least or (finite and value == math.inf):
+    number = float(value)
+    if not number >= least or (finite and number == math.inf):
         raise ValueError(explain(argument, seen=seen, expected=expected))
-    return float(value)
+    return number
 
 
 def check_choice(argument: str, value: object, choices: Sequence[object]) -> None:

@@ -67,8 +67,8 @@ class Lookout:
         elif self._policy == "freeze":
             # A model that is frozen counts as finite from the next step on: it is named once.
             warn(
-                f"{place}: a loss, gradient or parameter was not finite. {inputs} A model that "
-                "breaks stays as it was before, and the run goes on."
+                f"{place}: a loss, gradient, state or parameter was not finite. {inputs} A model "
+                "that breaks stays as it was before, and the run goes on."
             )
         else:
             text = explain("loss_fn", seen=place, expected="a finite one", fix=f"{inputs} {fix}")

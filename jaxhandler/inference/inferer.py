@@ -67,8 +67,7 @@ class MemoizingInferer:
 
         Raises:
             TypeError: If a leaf is no array, is traced, or has another dtype.
-            ValueError: If the tree, a rank or a width is another one, leaves disagree about `N`, or
-                an agent comes twice.
+            ValueError: If tree, rank or width is another, `N` differs, or an agent comes twice.
             OverflowError: If a 64-bit integer does not fit.
             SealedError: If a plan would have to be compiled after `seal`.
         """
@@ -117,8 +116,7 @@ class MemoizingInferer:
 
         Raises:
             TypeError: If `requests` is no mapping, a leaf no array, or of another dtype.
-            ValueError: If an input is missing or unknown, or a shape is another one; names the
-                agent and the input. No agent's state has changed then.
+            ValueError: If an agent's input is missing, unknown or misshapen; nothing has changed.
 
         Example:
             >>> import numpy as np, jaxhandler as jh
@@ -361,8 +359,7 @@ class MemoizingInferer:
     def apply_fn(self) -> Callable[..., Any]:
         """The model under all wrappers, `apply_fn(params, inputs)`: for `jit` and handlers.
 
-        A handler takes rows first, in outputs as well. What an ensemble gives as `[E, N, ...]` it
-        would take for `E` rows: move them there, `jnp.moveaxis(apply_fn(params, x), 1, 0)`.
+        These take rows first: of an ensemble's `[E, N, ...]` use `jnp.moveaxis(outputs, 1, 0)`.
         """
         return self.engine.apply_fn
 
