@@ -8,10 +8,12 @@ new one in every epoch. The peers, all in one process, each warmed up, on the sa
 - loop: a loop of jitted steps over NumPy batches;
 - keras: `predict`, `evaluate` and `fit` on Keras' JAX backend, on NumPy arrays;
 - device: jaxhandler over rows on the device (`calc`, `validate`, `train`);
-- host: jaxhandler over NumPy arrays (`calc_from_host` and so on).
+- host: jaxhandler over NumPy arrays (`calc_from_host` and so on);
+- plain: as device, of a model with convolutions, with `fast_conv=False`.
 
-`device/best` divides by the best of the three loops; `host/loop` by the one that, like it, starts
-from NumPy arrays; `device/keras` and `host/keras` by Keras.
+jaxhandler rewrites the convolutions of LeNet-5, which no peer does; `plain/best` says what its loop
+itself costs. `device/best` divides by the best of the three loops; `host/loop` by the one that,
+like it, starts from NumPy arrays; `device/keras` and `host/keras` by Keras.
 """
 
 import os
@@ -30,11 +32,11 @@ import numpy as np
 
 from benchmarks.common import arguments, best_of, interleaved, median, ratio, report, spread
 from benchmarks.models import MODELS, Task, make_task
-from benchmarks.peers import HAND, PEERS, Peer
+from benchmarks.peers import CONVOLVING, HAND, PEERS, Peer
 
 _COLUMNS = (
     "model", "task", "scan ms", "slices ms", "loop ms", "keras ms", "device ms", "host ms",
-    "best", "device/best", "host/loop", "device/keras", "host/keras",
+    "plain ms", "best", "device/best", "plain/best", "host/loop", "device/keras", "host/keras",
 )  # fmt: skip
 _TASKS: dict[str, Callable[[Peer], Any]] = {
     "predict": lambda peer: peer.predict(),
@@ -78,7 +80,9 @@ def _note_compile(event: str, duration_secs: float, **kwargs: Any) -> None:
 
 def _row(task: Task, name: str, rounds: int) -> dict[str, Any]:
     """Times one task of one model with every peer."""
-    peers = {peer: make(task) for peer, make in PEERS.items()}
+    convolves = any(len(shape) > 2 for shape in task.model.weights)
+    makers = {**PEERS, **CONVOLVING} if convolves else PEERS
+    peers = {peer: make(task) for peer, make in makers.items()}
     _check_agreement(name, {peer: _TASKS[name](made) for peer, made in peers.items()})
     # The first call compiles; a second one finds what the first has left behind.
     for made in peers.values():
@@ -88,6 +92,7 @@ def _row(task: Task, name: str, rounds: int) -> dict[str, Any]:
     times = interleaved(runs, rounds)
     best = best_of(times, list(HAND))
     bases = {"device/best": ("device", best), "host/loop": ("host", "loop")}
+    bases |= {"plain/best": ("plain", best)} if convolves else {}
     bases |= {"device/keras": ("device", "keras"), "host/keras": ("host", "keras")}
     return {
         "model": task.model.name,

@@ -5,7 +5,7 @@ once the parameters are ready). Training goes on from where the last call left i
 """
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import optax
 import jaxhandler as jh
 from benchmarks.models import LEARNING_RATE, Task, keras_model, loss_fn, row_losses
 
-__all__ = ["HAND", "PEERS", "Peer"]
+__all__ = ["CONVOLVING", "HAND", "PEERS", "Peer"]
 
 
 class Peer(Protocol):
@@ -229,15 +229,17 @@ class Keras:
 
 
 class _Handlers:
-    """What the two forms of jaxhandler share: the three handlers, with their defaults."""
+    """What the forms of jaxhandler share: the three handlers, with their defaults but for those."""
+
+    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, task: Task) -> None:
-        size = task.batch_size
+        options = {"batch_size": task.batch_size, **self.options}
         self.params = task.params
-        self.calculator = jh.calculator(task.model.apply, batch_size=size)
-        self.validator = jh.validator({"loss": row_losses(task.model)}, batch_size=size)
+        self.calculator = jh.calculator(task.model.apply, **options)
+        self.validator = jh.validator({"loss": row_losses(task.model)}, **options)
         optimizer = optax.adam(LEARNING_RATE)
-        self.trainer = jh.trainer(loss_fn(task.model), optimizer, batch_size=size)
+        self.trainer = jh.trainer(loss_fn(task.model), optimizer, **options)
         self.state = self.trainer.init(task.params, key=jax.random.key(0))
         self.data = {"x": task.x, "y": task.y}
 
@@ -264,6 +266,12 @@ class Device(_Handlers):
         return self.finish(*self.trainer.train(self.state, self.data, shuffle=order))
 
 
+class Plain(Device):
+    """The same, with convolutions as the peers have them."""
+
+    options: ClassVar[dict[str, Any]] = {"fast_conv": False}
+
+
 class Host(_Handlers):
     """jaxhandler over rows in host memory, in macrobatches of the default size."""
 
@@ -280,3 +288,5 @@ class Host(_Handlers):
 
 HAND: dict[str, type[Peer]] = {"scan": Scan, "slices": Slices, "loop": Loop}
 PEERS: dict[str, type[Peer]] = {**HAND, "keras": Keras, "device": Device, "host": Host}
+# Where convolutions are rewritten.
+CONVOLVING: dict[str, type[Peer]] = {"plain": Plain}

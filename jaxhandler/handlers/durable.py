@@ -227,6 +227,9 @@ def _heard(saver: Saver, callback: Callback | None, *, begins: bool = False) -> 
             return
         try:
             callback(progress)
+        except jax.errors.JaxRuntimeError:
+            # That of the device, which a callback met that waited for it.
+            raise
         except BaseException as error:
             if saver.leaves(error):
                 raise

@@ -231,7 +231,10 @@ def failing(death: Death, frozen: type[Exception] | None = None) -> Callable[[],
         if death.manner == "half" and operation.name in WRITES:
             operation.do(half=True)
         if death.manner == "after":
-            operation.do()
+            done = operation.do()
+            if isinstance(done, io.IOBase):
+                # Nobody gets to hold it.
+                done.close()
         if frozen is not None:
             raise frozen
         os.kill(os.getpid(), signal.SIGKILL)
