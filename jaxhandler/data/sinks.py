@@ -175,7 +175,7 @@ class HostSink:
         wholes, leaves = jax.tree.leaves(self._arrays), jax.tree.leaves(pieces)
         for place, whole in enumerate(wholes):
             parts = [np.asarray(part) for part in leaves[place :: len(wholes)]]
-            stop = start + sum(part.shape[self._axis] for part in parts)
+            stop = start + sum([part.shape[self._axis] for part in parts])
             np.concatenate(parts, axis=self._axis, out=whole[(*before, slice(start, stop))])
 
     def finish(self) -> Any:

@@ -311,21 +311,21 @@ class Run:
             return Outputs([out], True, start)
         outs, start, size = [], 0.0, -1
         plan: Any = None
-        for position, rows in enumerate(macrobatch.batches):
-            index = macrobatch.index[position]
-            number = part.first + position
+        on_finish = self.program.on_batch_finish
+        numbers = np.arange(part.first, part.stop, dtype=np.int32)
+        for number, rows, index in zip(numbers, macrobatch.batches, macrobatch.index, strict=True):
             count = np.int32(visit.batches[number][0]) if self.layout.pad else None
-            args = (consts, self._carry, rows, index, np.int32(number), count)
+            args = (consts, self._carry, rows, index, number, count)
             if len(index) != size:
                 size, plan = len(index), self.plans.batch(len(index), args)
-            begun = time.perf_counter()
-            start = start or begun
+                start = start or time.perf_counter()
+            begun = 0.0 if on_finish is None else time.perf_counter()
             self._carry, out = plan(*args)
             outs.append(out)
-            if self.program.on_batch_finish is not None:
+            if on_finish is not None:
                 batch = Outputs([out], False, begun)
                 self.watch.follow(batch)
-                self.call(self.program.on_batch_finish, visit, number + 1, batch)
+                self.call(on_finish, visit, int(number) + 1, batch)
                 start = time.perf_counter()  # All before it has been followed.
         return Outputs(outs, False, start)
 
