@@ -13,6 +13,7 @@ __all__ = [
     "counted",
     "data_size",
     "is_key",
+    "leaf_axes",
     "leaves_with_paths",
     "map_data",
     "on_host",
@@ -21,6 +22,22 @@ __all__ = [
 ]
 
 _NUMBERED = re.compile(r"(.*?)(\d+)((?:-of-\d+)?\D*)")
+
+
+def leaf_axes(axes: Any, tree: Any) -> list[int | None]:
+    """Returns the axis of each leaf of `tree`, of which `axes`, with None for no axis, is a prefix.
+
+    Example:
+        >>> leaf_axes((0, None), ({"a": 1, "b": 2}, 3))
+        [0, 0, None]
+    """
+    found: list[int | None] = []
+
+    def add(axis: Any, part: Any) -> None:
+        found.extend([axis] * len(jax.tree.leaves(part)))
+
+    jax.tree.map(add, axes, tree, is_leaf=lambda axis: axis is None)
+    return found
 
 
 def leaves_with_paths(

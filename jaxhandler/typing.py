@@ -237,7 +237,7 @@ class Progress:
                 "Progress.state: saw a look after the callback had returned, expected one inside "
                 "it. Copy what you need with jax.device_get(progress.state)."
             )
-        return self.live["state"]
+        return self.live["state"]()
 
     def wait(self) -> None:
         """Waits until the device has done this batch or macrobatch; nothing once the run is over.

@@ -1,6 +1,6 @@
 """A handler of many models at once: the same handler, its step over stacked members."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -9,14 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhandler.data.placement import replicate_like, resolve_sharding
 from jaxhandler.ensembles.members import check_members
-from jaxhandler.ensembles.reductions import check_reduced, reduction
-from jaxhandler.ensembles.strategies import (
-    Strategy,
-    check_axes,
-    check_member_sharding,
-    leaf_axes,
-    over_members,
-)
+from jaxhandler.ensembles.reductions import reduction
+from jaxhandler.ensembles.steps import Layout, MembersStep
+from jaxhandler.ensembles.strategies import check_member_sharding
 from jaxhandler.ensembles.trials import Strategies
 from jaxhandler.errors import a_type, check_choice, check_count, explain
 from jaxhandler.handlers.calculator import Calculator
@@ -26,7 +21,8 @@ from jaxhandler.handlers.trainer import Trainer
 from jaxhandler.handlers.training import as_key, default_order_key
 from jaxhandler.handlers.validator import Validator
 from jaxhandler.models.rewriting import rewritten
-from jaxhandler.typing import Batch, Placement, Step
+from jaxhandler.trees import leaf_axes
+from jaxhandler.typing import Placement, Step
 
 __all__ = ["ensemble"]
 
@@ -67,10 +63,12 @@ def ensemble(
         reduce: What becomes of outputs of rows before they leave the device: None keeps
             `[E, N, ...]`; "mean_std" gives `{"mean", "std"}`, "vote" the class most members vote
             for; or a function from leaves `[E, B, ...]` to leaves `[B, ...]`.
-        strategy: "vmap" computes all members at once, "map" one after another; "auto" tries them,
-            once, and takes the fastest, or "vmap" where it may not try (`while_loop`s, and calls of
-            the host). See `program.strategies.chosen`.
-        chunk: Members at a time of a "map".
+        strategy: "vmap" computes all members at once, "map" one after another. With "groups" a few
+            members at a time go over a macrobatch before the next ones do, on as many threads as
+            there are cores; on CPU with shared rows, and elsewhere it is "vmap". "auto" tries once
+            and takes the fastest, or "vmap" where it may not try (`while_loop`s, and calls of the
+            host). See `program.strategies.chosen`.
+        chunk: Members at a time of a "map", or of a group.
         fast_conv: Whether `jh.fast_conv` rewrites convolutions, where that pays; "auto" does.
         sharding: Lays members over devices: `NamedSharding(mesh, PartitionSpec(axis))`, or the spec
             alone under `jax.set_mesh`. If they do not divide, some devices compute one twice.
@@ -116,37 +114,22 @@ def ensemble(
         seen = f"a handler with outputs={program.outputs!r}"
         raise ValueError(explain("reduce", seen=seen, expected="outputs of rows", fix=fix))
     place = check_member_sharding(resolve_sharding(sharding))
-    strategies = Strategies(strategy, chunk, ("vmap", "map"))
-    data_axis = 1 if member_data or member_order else None
-    batch_axes = Batch(data_axis, None, 1 if member_order else None, None)
-    in_axes, out_axes = (0, program.carry_axes, batch_axes), (program.carry_axes, 0)
+    strategies = Strategies(strategy, chunk, ("vmap", "map", "groups"))
     names = "consts", "carry"
     if isinstance(handler, Calculator | Validator | Trainer):
         names = "params", "state"
+    layout = Layout(
+        members=members,
+        names=names,
+        carry_axes=program.carry_axes,
+        data_axis=1 if member_data or member_order else None,
+        own_order=bool(member_order),
+        place=place,
+        reduce_fn=reduce_fn,
+    )
 
     def make_step(fn: Any, **options: Any) -> Step:
-        one = program.make_step(fn, **options)
-
-        def make(strategy: Strategy) -> Callable[..., Any]:
-            return over_members(one, in_axes, out_axes, strategy, members, place)
-
-        def step(consts: Any, carry: Any, batch: Batch) -> tuple[Any, Any]:
-            args = (consts, carry, batch)
-            for name, tree, axes in zip(
-                (*names, "data"),
-                (consts, carry, batch.data),
-                (0, program.carry_axes, data_axis),
-                strict=True,
-            ):
-                check_axes(name, tree, axes, members)
-            chosen = strategies.choose(_kind(args), make, args, members)
-            carry, out = make(chosen)(*args)
-            if reduce_fn is None:
-                return carry, out
-            check_reduced(reduce_fn, out, members)
-            return carry, reduce_fn(out)
-
-        return step
+        return MembersStep(program.make_step(fn, **options), layout, strategies)
 
     return program.build(
         program._replace(
@@ -161,14 +144,6 @@ def ensemble(
             strategies=strategies,
         )
     )
-
-
-def _kind(args: tuple[Any, Any, Batch]) -> Hashable:
-    """Tells kinds of calls apart; the tail of the rows is computed as the rest of them."""
-    consts, carry, batch = args
-    types = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((consts, carry))]
-    rows = [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(batch.data)]
-    return tuple(types), tuple(rows)
 
 
 def _init_of(program: Program, members: int) -> Callable[..., Any]:

@@ -9,13 +9,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxhandler.errors import explain, form
-from jaxhandler.trees import leaves_with_paths
+from jaxhandler.trees import leaf_axes, leaves_with_paths
 
 __all__ = [
     "Strategy",
     "check_axes",
     "check_member_sharding",
-    "leaf_axes",
     "of_member",
     "over_members",
     "stack_outs",
@@ -27,8 +26,8 @@ class Strategy(NamedTuple):
 
     Attributes:
         name: "vmap" computes all at once, "map" some at a time, one lot after another, "loop" each
-            by itself, unrolled.
-        chunk: Members at a time of a "map".
+            by itself, unrolled; "groups" are no function: a run has each go over many batches.
+        chunk: Members at a time of a "map", or of a group.
 
     Example:
         >>> str(Strategy("map", 10)), str(Strategy("vmap"))
@@ -39,7 +38,7 @@ class Strategy(NamedTuple):
     chunk: int = 1
 
     def __str__(self) -> str:
-        return f"map of {self.chunk}" if self.name == "map" else self.name
+        return f"{self.name} of {self.chunk}" if self.name in ("map", "groups") else self.name
 
 
 def over_members(
@@ -75,22 +74,6 @@ def over_members(
         return jax.vmap(fn, in_axes, out_axes, axis_size=members)
     run = _mapped if strategy.name == "map" else _looped
     return run(fn, in_axes, out_axes, members, strategy.chunk)
-
-
-def leaf_axes(axes: Any, tree: Any) -> list[int | None]:
-    """Returns the axis of each leaf of `tree`, of which `axes` is a prefix.
-
-    Example:
-        >>> leaf_axes((0, None), ({"a": 1, "b": 2}, 3))
-        [0, 0, None]
-    """
-    found: list[int | None] = []
-
-    def add(axis: Any, part: Any) -> None:
-        found.extend([axis] * len(jax.tree.leaves(part)))
-
-    jax.tree.map(add, axes, tree, is_leaf=lambda axis: axis is None)
-    return found
 
 
 def check_axes(name: str, tree: Any, axes: Any, members: int) -> None:

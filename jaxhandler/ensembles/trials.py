@@ -2,14 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxhandler.ensembles.grouping import best_group
 from jaxhandler.ensembles.strategies import Strategy
 from jaxhandler.errors import check_choice, check_count, explain
+from jaxhandler.handlers.jaxprs import primitives
 from jaxhandler.handlers.shortage import is_shortage
 from jaxhandler.handlers.steps import Keys
 from jaxhandler.plans import PlanCache, compile_plan
@@ -42,7 +44,8 @@ class Strategies:
 
     Args:
         strategy: "auto", or one of `names`.
-        chunk: Members at a time of a "map"; None for one, or for what a trial finds.
+        chunk: Members at a time of a "map", None for one, or of a group, None for one group for
+            each hand; or for what a trial finds.
         names: The strategies there are.
 
     Attributes:
@@ -58,11 +61,14 @@ class Strategies:
         check_choice("strategy", strategy, ("auto", *names))
         if chunk is not None:
             chunk = check_count("chunk", chunk)
-            if strategy not in ("auto", "map"):
+            cut = [name for name in names if name in ("map", "groups")]
+            if strategy not in ("auto", *cut):
                 seen, fix = f"{chunk} with {strategy=}", 'Use strategy="map", or leave chunk out.'
-                raise ValueError(explain("chunk", seen=seen, expected='a "map"', fix=fix))
-            strategy = "map"
-        self._pinned = None if strategy == "auto" else Strategy(strategy, chunk or 1)
+                expected = " or ".join(f'"{name}"' for name in cut)
+                raise ValueError(explain("chunk", seen=seen, expected=expected, fix=fix))
+            strategy = "map" if strategy == "auto" else strategy
+        default = 0 if strategy == "groups" else 1
+        self._pinned = None if strategy == "auto" else Strategy(strategy, chunk or default)
         self.trials = PlanCache()
         self.chosen: dict[Hashable, Strategy] = {}
         self._adopted: dict[str, Strategy] = {}
@@ -108,22 +114,20 @@ class Strategies:
         Returns:
             A `Strategy`.
         """
-        found = self._pinned or self.chosen.get(key)
-        if found is None and (found := self._adopted.get(str(key))) is not None:
-            self.chosen[key] = found
+        found = self._pinned or self._known(key)
         if found is not None:
-            return found
+            # Groups are what a run makes of the same step; one call has all members at once.
+            return _VMAP if found.name == "groups" else found
         specs = jax.tree.map(_spec, args)
         keys = Keys(args)
         numbers = jax.eval_shape(keys.strip, specs)
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(numbers))
-        if not trial or members == 1 or size > _LARGEST_ARGS:
+        if not trial or members == 1:
             return _VMAP
         jaxpr = jax.make_jaxpr(make(_VMAP))(*specs)
-        names = set(_primitives(jaxpr.jaxpr))
-        if jaxpr.effects or names & _NOT_TRIED:
+        if not _may_be_tried(numbers, jaxpr):
             self.chosen[key] = _VMAP
             return _VMAP
+        names = primitives(jaxpr)
         slow = jax.default_backend() == "cpu" and "conv_general_dilated" in names
 
         def plan(strategy: Strategy) -> Callable[..., Any]:
@@ -141,16 +145,53 @@ class Strategies:
         self.trials.clear()
         return self.chosen[key]
 
+    def group(
+        self,
+        key: Hashable,
+        make: Callable[[Strategy, int], Callable[..., Any]],
+        args: tuple[Any, ...],
+        in_axes: tuple[Any, ...],
+        members: int,
+        hands: int,
+    ) -> int:
+        """Returns how many members are computed at once, where each group is by itself.
 
-def _primitives(jaxpr: Any) -> Iterator[str]:
-    """Yields the names of a jaxpr's primitives, and of those in the jaxprs inside it."""
-    for equation in jaxpr.eqns:
-        yield equation.primitive.name
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
-                yield from _primitives(inner)
+        Args:
+            key: Tells kinds of steps apart.
+            make: `make(strategy, members)` gives the step of so many members.
+            args: What the step of all will be called with: consts, carry, and what has no members.
+            in_axes: Where members are in these.
+            members: How many there are.
+            hands: Groups that are computed at a time.
+        """
+        found = self._pinned or self._known(key)
+        if found is None:
+            numbers = jax.eval_shape(Keys(args).strip, args)
+            found, step = _VMAP, lambda size: make(_VMAP, size)
+            if members > 1 and _may_be_tried(numbers, jax.make_jaxpr(step(members))(*args)):
+                # Made-up numbers may have no square root; nobody who looks for NaN means those.
+                with jax.debug_nans(False), jax.debug_infs(False):
+                    size = best_group(step, args, in_axes, members, hands, self.trials, _made_up)
+                self.trials.clear()
+                if size is None:
+                    # Members one after another need less; that is another trial's business.
+                    return members
+                found = _VMAP if size == members else Strategy("groups", size)
+            self.chosen[key] = found
+        if found.name != "groups":
+            return members
+        return min(found.chunk or math.ceil(members / hands), members)
+
+    def _known(self, key: Hashable) -> Strategy | None:
+        found = self.chosen.get(key)
+        if found is None and (found := self._adopted.get(str(key))) is not None:
+            self.chosen[key] = found
+        return found
+
+
+def _may_be_tried(numbers: Any, jaxpr: Any) -> bool:
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(numbers))
+    return size <= _LARGEST_ARGS and not jaxpr.effects and not primitives(jaxpr) & _NOT_TRIED
 
 
 def _fastest(rivals: dict[Strategy, Callable[..., Any]], args: tuple[Any, ...]) -> Strategy:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-__all__ = ["device_of", "owned", "pinned", "spared"]
+__all__ = ["device_of", "is_committed", "owned", "pinned", "spared"]
 
 
 def spared(tree: Any, *, on_cpu: bool) -> Any:
@@ -15,15 +15,20 @@ def spared(tree: Any, *, on_cpu: bool) -> Any:
     On CPU they are NumPy's views: a plan copies what it may not write to by itself, in a tenth of
     the time that an explicit copy of each leaf takes.
     """
-    if on_cpu and not any(leaf.committed for leaf in jax.tree.leaves(tree)):
+    if on_cpu and not is_committed(tree):
         return jax.tree.map(np.asarray, tree)
     return owned(tree)
+
+
+def is_committed(tree: Any) -> bool:
+    """Returns whether a leaf was put where it lies by somebody who said so."""
+    return any(getattr(leaf, "committed", False) for leaf in jax.tree.leaves(tree))
 
 
 def owned(tree: Any) -> Any:
     """Copies leaves where they lie, so that a plan may take the copies' memory over."""
     leaves, structure = jax.tree.flatten(tree)
-    if any(leaf.committed for leaf in leaves):
+    if is_committed(leaves):
         places = [leaf.sharding if leaf.committed else None for leaf in leaves]
         copies = [
             jax.device_put(leaf, place, may_alias=False)
@@ -37,7 +42,8 @@ def owned(tree: Any) -> Any:
 def pinned(carry: Any) -> Any:
     """Keeps a carry on several devices where it is: XLA might move it, and the next call fail."""
     leaves = jax.tree.leaves(carry)
-    if all(leaf.sharding is None or len(leaf.sharding.device_set) == 1 for leaf in leaves):
+    places = [getattr(leaf, "sharding", None) for leaf in leaves]
+    if all(place is None or len(place.device_set) == 1 for place in places):
         return None
     return jax.tree.map(lambda leaf: leaf.sharding, carry), None
 

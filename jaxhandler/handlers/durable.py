@@ -23,7 +23,6 @@ from jaxhandler.handlers.outputs import join
 from jaxhandler.handlers.parts import Share
 from jaxhandler.handlers.program import Program
 from jaxhandler.handlers.run import Run
-from jaxhandler.handlers.steps import trace_step
 from jaxhandler.typing import Callback, Progress, Step
 from jaxhandler.versions import versions
 
@@ -314,9 +313,8 @@ def _step_digest(run: Run, step: Step, commit: Commit) -> str:
     rows = commit.content["resolved"].get("batch_rows")
     if rows in (None, run.batch_rows):
         return run.traced.digest
-    given = run.program, step, run.consts, run.carry, run.source.specs
     try:
-        return trace_step(*given, rows, digested=True).digest
+        return run.work.trace(step, rows).digest
     except Exception:
         # Whatever it is, it is no step of that run's.
         return f"one that takes no batch of {rows} rows"

@@ -148,12 +148,12 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
     writer = Lane("jaxhandler-write" if isinstance(sink, FileSink) else None)
     calls = options.on_macrobatch_start or options.on_macrobatch_finish or program.on_batch_finish
     late = calls or isinstance(sink, FileSink) or not (run.at_hand or options.resident)
-    run.watch = Watch(run.clock, "jaxhandler-watch" if late else None, lambda: run.plans.built)
+    run.watch = Watch(run.clock, "jaxhandler-watch" if late else None, lambda: run.work.plans.built)
     bar = _open_bar(options)
     pending: deque[_UnderWay] = deque()
     blocks: list[Any] = []
     # What a step leaves as it is has means of all rows so far, a training the latest ones.
-    adds_up, told = not jax.tree.leaves(run.carry), None
+    adds_up, told = not run.carries, None
 
     def finish() -> Finished | None:
         nonlocal told
@@ -188,7 +188,7 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
             pending.append(_UnderWay(visit, last, mark, drained))
             del outs, wait, drained
             mark = run.mark()
-            most = 0 if run.must_settle() else 1
+            most = 0 if run.must_settle() else run.ahead
             while len(pending) > most:
                 if (finished := finish()) is not None:
                     run.tell()
@@ -234,6 +234,10 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
         abort.callback(sink.abort)
         abort.callback(drop)
         cleanup.callback(run.watch.close)
+        # XLA computes in turn what one thread hands it: a macrobatch that needs no other one comes
+        # from another thread than the one before, and they are computed side by side.
+        alternating = run.mode == "scan" and run.total_visits > 1
+        cleanup.callback(run.work.open_hands(side_by_side=alternating))
         cleanup.callback(writer.close)
         cleanup.callback(reader.close)
         while True:

@@ -9,10 +9,27 @@ import numpy as np
 
 from jaxhandler.trees import is_key
 
-__all__ = ["convolves", "digest_jaxpr"]
+__all__ = ["calls_host", "convolves", "digest_jaxpr", "primitives"]
 
 # Functions inside are printed with where they happened to lie in memory.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def primitives(jaxpr: Any) -> set[str]:
+    """Returns the names of the primitives in a jaxpr, and in those inside it.
+
+    Args:
+        jaxpr: A `jax.core.ClosedJaxpr` or `jax.core.Jaxpr`.
+
+    Example:
+        >>> sorted(primitives(jax.make_jaxpr(lambda x: jax.numpy.sin(x) + 1)(1.0)))
+        ['add', 'sin']
+    """
+    names: set[str] = set()
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        names.add(equation.primitive.name)
+        names.update(*map(primitives, _inside(equation)))
+    return names
 
 
 def convolves(jaxpr: Any) -> bool:
@@ -25,11 +42,20 @@ def convolves(jaxpr: Any) -> bool:
         >>> convolves(jax.make_jaxpr(jax.numpy.sin)(1.0))
         False
     """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    return any(
-        equation.primitive.name == "conv_general_dilated" or any(map(convolves, _inside(equation)))
-        for equation in jaxpr.eqns
-    )
+    return "conv_general_dilated" in primitives(jaxpr)
+
+
+def calls_host(jaxpr: Any) -> bool:
+    """Returns whether a step calls the user's code on the host while it runs.
+
+    Args:
+        jaxpr: A `jax.core.ClosedJaxpr`.
+
+    Example:
+        >>> calls_host(jax.make_jaxpr(lambda x: jax.debug.print("{}", x))(1.0))
+        True
+    """
+    return bool(jaxpr.effects) or "pure_callback" in primitives(jaxpr)
 
 
 def digest_jaxpr(jaxpr: Any) -> str:

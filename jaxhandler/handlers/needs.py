@@ -23,6 +23,7 @@ class Gauge(NamedTuple):
         plans: The plans of the run.
         consts: What the step only reads, placed or described.
         carry: What the first step will take, placed or described, without key types.
+        groups: How many groups of members there are, each like those with these.
         specs: The source's.
         rows: Rows of a batch.
         sharding: That of a batch, or None.
@@ -33,6 +34,7 @@ class Gauge(NamedTuple):
     plans: Plans
     consts: Any
     carry: Any
+    groups: int
     specs: Any
     rows: int
     sharding: Sharding | None
@@ -69,7 +71,7 @@ class Gauge(NamedTuple):
 
     def held(self) -> int:
         """Counts what lies on the device throughout: consts, the caller's carry and the run's."""
-        return device_bytes(self.consts) + 2 * device_bytes(self.carry)
+        return self.groups * (device_bytes(self.consts) + 2 * device_bytes(self.carry))
 
     def there(self) -> int:
         """Counts what of that lies there now."""
@@ -96,7 +98,8 @@ class Gauge(NamedTuple):
         # Of the row numbers a plan takes only what its step looks at.
         numbers = max(stats.argument_size_in_bytes - given, 0)
         new = max(carry - stats.alias_size_in_bytes, 0)
-        return Needs(rows + numbers, outputs, stats.temp_size_in_bytes, new)
+        every = self.groups
+        return Needs(rows + numbers, every * outputs, every * stats.temp_size_in_bytes, every * new)
 
 
 def _placed(tree: Any) -> list[jax.Array]:

@@ -3,13 +3,11 @@
 import gc
 import itertools
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxhandler.data.order import Visit, num_visits, visits
 from jaxhandler.data.placement import replicate_like, resolve_sharding, stand_in
@@ -19,15 +17,15 @@ from jaxhandler.data.sources import Source
 from jaxhandler.data.stream import Clock, Lane, Layout, Macrobatch, load, place, read_ahead
 from jaxhandler.errors import DeviceMemoryError, explain, warn
 from jaxhandler.handlers.account import Account
-from jaxhandler.handlers.carries import device_of, owned, pinned, spared
+from jaxhandler.handlers.carries import device_of
 from jaxhandler.handlers.needs import Gauge
 from jaxhandler.handlers.options import Options, check_options
-from jaxhandler.handlers.outputs import Outputs, join, joined_specs, output_pieces
+from jaxhandler.handlers.outputs import Outputs, join, joined_specs
 from jaxhandler.handlers.parts import Mark, Part, cut
 from jaxhandler.handlers.program import Program
 from jaxhandler.handlers.shortage import Rations, is_shortage, let_frames_go
-from jaxhandler.handlers.steps import Keys, Plans, trace_step
 from jaxhandler.handlers.watch import Watch
+from jaxhandler.handlers.work import Work
 from jaxhandler.typing import Callback, Step
 
 __all__ = ["Run"]
@@ -84,23 +82,23 @@ class Run:
         size, num_rows = program.batch_size, source.num_rows
         rows = size if program.tail == "pad" or not num_rows else min(size, num_rows)
         self.batch_rows = rows
-        digested = options.checkpoint is not None
-        self.traced = trace_step(
-            program, step, self.consts, carry, source.specs, rows, digested=digested
-        )
-        step = self.traced.step
-        self._keys = Keys(carry)
-        self._carry = self._keys.strip(carry)
-        # Until a plan has run, it is the caller's; without rows, none does.
-        self._lent = True
-        if program.donate and not options.dry and not source.num_rows:
-            self._carry = owned(self._carry)
-        # A carry may keep rows it has seen; sinks copy, so without one nothing outlives the run.
-        self.borrows = source.borrow is not None and not jax.tree.leaves(carry)
-        self.fresh = not (self.borrows or (options.resident and options.shuffle != "global"))
-        self.plans = Plans(program, step, self._keys, pinned(self._carry))
-        self.device = device_of((self.consts, self._carry), self.sharding)
+        self.device = device_of((self.consts, carry), self.sharding)
         self.on_cpu = self.device.platform == "cpu"
+        self.work = Work(
+            program,
+            step,
+            self.consts,
+            carry,
+            source.specs,
+            options,
+            rows,
+            on_cpu=self.on_cpu and self.sharding is None and program.member_place is None,
+        )
+        self.traced = self.work.traced
+        self.carries = bool(jax.tree.leaves(carry))
+        # A carry may keep rows it has seen; sinks copy, so without one nothing outlives the run.
+        self.borrows = source.borrow is not None and not self.carries
+        self.fresh = not (self.borrows or (options.resident and options.shuffle != "global"))
         self.mode = program.mode
         if self.mode == "auto":
             # There a batch of lent rows is a view, while a scan wants a copy of a macrobatch first.
@@ -123,6 +121,9 @@ class Run:
         )
         self.num_visits = num_visits(num_rows, self.size, size, program.tail)
         self.num_rows = num_rows // size * size if program.tail == "drop" else num_rows
+        # Where rows lie as they lay, a third macrobatch takes no room while it waits for its turn.
+        self.ahead = 1 if self.carries or self.fresh else 2
+        step = self.work.plans.step
         self.rations = Rations(program, step, options, self.size, source.specs, self.traced.out)
         self.account = Account(
             program,
@@ -146,20 +147,21 @@ class Run:
             carry: What they left, arrays like those of this run's carry.
         """
         self.account.rows_before = self.account.rows = rows
-        self.go_back(Mark(visits, 0, rows, self._keys.strip(carry)))
+        self.go_back(Mark(visits, 0, rows, self.work.apart(carry)))
 
     def mark(self) -> Mark:
         """Returns where the run is; with its carry only where it may have to go back."""
-        carry = self._carry if self.options.on_oom == "halve" else None
-        return Mark(self._visits, self._batches, self._begun, carry, self._earlier)
+        carries = self.work.carries if self.options.on_oom == "halve" else []
+        return Mark(self._visits, self._batches, self._begun, carries, self._earlier)
 
     def go_back(self, mark: Mark) -> None:
         """Begins again where the run once was; outputs go on after `rows` of them."""
-        self._visits, self._batches, self._begun, self._carry, self._earlier = mark
+        self._visits, self._batches, self._begun, self.work.carries, self._earlier = mark
 
     def drop(self) -> None:
         """Lets go of what a run that failed has on the device."""
-        self.consts = self._carry = None
+        self.consts = None
+        self.work.drop()
         self._earlier = ()
 
     def make_do(self, error: Exception) -> None:
@@ -179,7 +181,7 @@ class Run:
             return self._adopt()
         self.rations.forget()
         held = self.gauge().held()
-        text = self.rations.refusal(self.device, self.plans.workspace(), held)
+        text = self.rations.refusal(self.device, self.work.plans.workspace(), held)
         raise DeviceMemoryError(text) from error
 
     def tell(self) -> None:
@@ -188,9 +190,8 @@ class Run:
             warn(text)
 
     def _adopt(self) -> None:
-        step, account = self.rations.step, self.account
-        if step is not self.plans.step:
-            self.plans = Plans(self.program, step, self._keys, self.plans.out_shardings)
+        account = self.account
+        self.work.adopt(self.rations.step)
         if self.rations.share.batches is not None:
             account.macrobatch_size, account.mode = self.rations.rows, "loop"
 
@@ -211,15 +212,16 @@ class Run:
     @property
     def carry(self) -> Any:
         """What the step passes on, as it is now."""
-        return self._keys.wrap(self._carry)
+        return self.work.carry
 
     def gauge(self) -> Gauge:
         """Returns what measures the plans of this run, as long as none has run."""
         options = self.options
         return Gauge(
-            plans=self.plans,
-            consts=self.consts,
-            carry=self._carry,
+            plans=self.work.plans,
+            consts=self.work.consts[0],
+            carry=self.work.carries[0],
+            groups=len(self.work.groups),
             specs=self.source.specs,
             rows=self.batch_rows,
             sharding=self.sharding,
@@ -288,46 +290,22 @@ class Run:
 
     def compute(self, part: Part) -> Outputs:
         """Hands every batch to the device; gives the outputs to come."""
-        if self.program.donate and (self._lent or self.options.on_oom == "halve"):
-            # Plans take a carry over, also where they fail; the caller and marks need theirs.
-            self._carry, self._lent = spared(self._carry, on_cpu=self.on_cpu), False
+        self.work.spare(again=self.options.on_oom == "halve")
+        on_finish, visit = self.program.on_batch_finish, part.visit
+
+        def heard(batch: int, outs: Outputs) -> None:
+            self.watch.follow(outs)
+            self.call(on_finish, visit, batch, outs)
+
         number = part.visit.epoch * self.num_visits + part.visit.position
         with jax.profiler.StepTraceAnnotation("jaxhandler_macrobatch", step_num=number):
-            outs = self._compute(part)
+            outs = self.work.compute(part, None if on_finish is None else heard)
         self._begun += part.macrobatch.visit.rows
         self._visits, self._batches = self._visits + part.last, 0 if part.last else part.stop
         if self.program.metrics is None:
             return outs
         earlier, self._earlier = self._earlier, () if part.last else (*self._earlier, outs)
         return outs._replace(earlier=earlier)
-
-    def _compute(self, part: Part) -> Outputs:
-        visit, macrobatch, consts = part.visit, part.macrobatch, self.consts
-        if macrobatch.block is not None:
-            args = (consts, self._carry, macrobatch.block, macrobatch.order, macrobatch.index)
-            plan = self.plans.block(args)
-            start = time.perf_counter()
-            self._carry, out = plan(*args)
-            return Outputs([out], True, start)
-        outs, start, size = [], 0.0, -1
-        plan: Any = None
-        on_finish = self.program.on_batch_finish
-        numbers = np.arange(part.first, part.stop, dtype=np.int32)
-        for number, rows, index in zip(numbers, macrobatch.batches, macrobatch.index, strict=True):
-            count = np.int32(visit.batches[number][0]) if self.layout.pad else None
-            args = (consts, self._carry, rows, index, number, count)
-            if len(index) != size:
-                size, plan = len(index), self.plans.batch(len(index), args)
-                start = start or time.perf_counter()
-            begun = 0.0 if on_finish is None else time.perf_counter()
-            self._carry, out = plan(*args)
-            outs.append(out)
-            if on_finish is not None:
-                batch = Outputs([out], False, begun)
-                self.watch.follow(batch)
-                self.call(on_finish, visit, int(number) + 1, batch)
-                start = time.perf_counter()  # All before it has been followed.
-        return Outputs(outs, False, start)
 
     def drain(
         self, sink: Sink, start: int, visit: Visit, outs: Outputs, wait: Callable[[], None]
@@ -341,7 +319,7 @@ class Run:
         block = None
         wait()
         with self.clock.measure("write"):
-            pieces = self._pieces(visit, outs)
+            pieces = self.work.pieces(visit, outs)
             if pieces is not None:
                 block = sink.write(start, pieces)
         self.account.rows += visit.rows
@@ -364,14 +342,10 @@ class Run:
             collector.join()
         # Else the next call does: waiting for a thread costs more than the room until then.
 
-    def _pieces(self, visit: Visit, outs: Outputs) -> list[Any] | None:
-        out = self.traced.out
-        return output_pieces(self.program, visit, outs.outs, out, scanned=outs.scanned)
-
     def end_epoch(self, visit: Visit) -> None:
         """Turns the carry to the next epoch after the last macrobatch of one."""
-        if self.program.next_epoch is not None and visit.position == self.num_visits - 1:
-            self._carry = self.program.next_epoch(self._carry, visit.epoch + 1)
+        if visit.position == self.num_visits - 1:
+            self.work.next_epoch(visit.epoch + 1)
 
     def call(
         self, callback: Callback | None, visit: Visit, batch: int, outs: Outputs | None = None
@@ -382,11 +356,11 @@ class Run:
 
         def steps() -> Any:
             parts = () if outs is None else (*outs.earlier, outs)
-            pieces = [self._pieces(visit, part) for part in parts]
+            pieces = [self.work.pieces(visit, part) for part in parts]
             return join([piece[0] for piece in pieces if piece is not None])
 
         progress = self.account.progress(visit, batch, steps if self.program.metrics else None)
-        progress.live["state"] = self.carry
+        progress.live["state"] = lambda: self.carry
         progress.live["wait"] = lambda: jax.block_until_ready(outs and outs.outs)
         try:
             with self.watch.calling_back():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler.errors import a_type, explain, form
-from jaxhandler.handlers.jaxprs import convolves, digest_jaxpr
+from jaxhandler.handlers.jaxprs import calls_host, convolves, digest_jaxpr
 from jaxhandler.handlers.outputs import pack
 from jaxhandler.handlers.program import Program, TwoForms
 from jaxhandler.plans import compile_plan, signature
@@ -27,12 +27,14 @@ class Traced(NamedTuple):
         step: The one to run: the step itself, or its form that is fast here.
         out: The types of its output, a tree of `jax.ShapeDtypeStruct`.
         convolves: Whether it contains a convolution.
+        calls_host: Whether it calls the user's code while it runs.
         digest: Tells it from other steps; empty where nobody asked.
     """
 
     step: Step
     out: Any
     convolves: bool
+    calls_host: bool
     digest: str = ""
 
 
@@ -86,8 +88,9 @@ def trace_step(
         _check_carry(carry, after)
         if program.outputs is not None:
             _check_out(program, out, rows)
-        digest = digest_jaxpr(traced.jaxpr) if digested else ""
-        return Traced(step, out, convolves(traced.jaxpr), digest)
+        jaxpr = traced.jaxpr
+        digest = digest_jaxpr(jaxpr) if digested else ""
+        return Traced(step, out, convolves(jaxpr), calls_host(jaxpr), digest)
 
     def choose() -> Traced:
         traced = trace(step)

@@ -22,8 +22,8 @@ import pytest
 
 import jaxhandler as jh
 from jaxhandler.handlers.parts import Share, micro_batched
-from jaxhandler.handlers.run import Run
 from jaxhandler.handlers.shortage import is_shortage
+from jaxhandler.handlers.work import Work
 
 ROOT = Path(__file__).parents[2]
 # Lest what was freed count as taken, nor what is large be found where what is small lies.
@@ -456,7 +456,7 @@ def test_a_run_that_is_taken_up_again_begins_with_what_fitted(tmp_path):
 
 
 def test_what_fails_twice_where_it_is_fetched_and_not_again_loses_no_macrobatch(monkeypatch):
-    real, calls = Run._pieces, []
+    real, calls = Work.pieces, []
 
     def pieces(self, visit, outs):
         calls.append(visit)
@@ -464,7 +464,7 @@ def test_what_fails_twice_where_it_is_fetched_and_not_again_loses_no_macrobatch(
             raise jax.errors.JaxRuntimeError(NO_MEMORY)
         return real(self, visit, outs)
 
-    monkeypatch.setattr(Run, "_pieces", pieces)
+    monkeypatch.setattr(Work, "pieces", pieces)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         halved = train(on_oom="halve")

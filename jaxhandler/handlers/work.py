@@ -1,0 +1,211 @@
+"""What a run gives the device to do: members in groups, their carries and plans, and by whom."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxhandler.data.order import Visit
+from jaxhandler.handlers.carries import is_committed, owned, pinned, spared
+from jaxhandler.handlers.groups import Groups, Hands, ManyStep, num_cores
+from jaxhandler.handlers.options import Options
+from jaxhandler.handlers.outputs import Outputs, output_pieces
+from jaxhandler.handlers.parts import Part, Share
+from jaxhandler.handlers.program import Program
+from jaxhandler.handlers.steps import Keys, Plans, Traced, trace_step
+from jaxhandler.trees import is_key
+from jaxhandler.typing import Step
+
+__all__ = ["Work"]
+
+
+class Work:
+    """What a run gives the device to do.
+
+    Args:
+        program: The handler's program.
+        step: Its step.
+        consts: What the step only reads, placed.
+        carry: What the step passes on, placed.
+        specs: The source's.
+        options: How the run goes.
+        rows: Rows of a batch.
+        on_cpu: Whether all is on one CPU.
+
+    Attributes:
+        traced: What tracing the step of all members has shown.
+        plans: The plans of a group.
+        carries: What each group passes on, without key types.
+        groups: Which members are computed at once.
+
+    Raises:
+        TypeError: If the step does not give a pair.
+        ValueError: If the step does not fit what it is given.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        step: Step,
+        consts: Any,
+        carry: Any,
+        specs: Any,
+        options: Options,
+        rows: int,
+        *,
+        on_cpu: bool,
+    ) -> None:
+        self._program, self._specs, self._options = program, specs, options
+        self._on_cpu, self._keys, self._hands = on_cpu, Keys(carry), Hands(0)
+        size = program.members or 1
+        # Whoever hears of every batch hears of all members; what is rare need not be split.
+        plain = program.on_batch_finish is None and not options.dry
+        plain &= options.on_oom == "raise" and options.share in (None, Share())
+        plain &= not any(map(is_key, jax.tree.leaves(consts)))
+        apart = on_cpu and plain and not is_committed((consts, carry))
+        if apart and isinstance(step, ManyStep):
+            lead = program.batch_shape(rows)
+            struct = lambda spec: jax.ShapeDtypeStruct((*lead, *spec.shape[1:]), spec.dtype)  # noqa: E731
+            size = step.group_size(consts, carry, jax.tree.map(struct, specs), num_cores())
+        axis = 0 if program.outputs == "rows" else 1
+        self.groups = Groups(program.members or 1, size, program.carry_axes, axis)
+        self.consts, self.carries = self.groups.cut(consts, self._keys.strip(carry))
+        traced = self.trace(step, rows, carry if self.groups.whole else None)
+        self._out = traced.out
+        self.traced = traced._replace(out=self.groups.joined_types(traced.out))
+        # Until a plan has run, it is the caller's; without rows, none does.
+        self._lent, self._carries = True, bool(jax.tree.leaves(carry))
+        if program.donate and not options.dry and not jax.tree.leaves(specs)[0].shape[0]:
+            self.carries = owned(self.carries)
+        self.plans = Plans(program, traced.step, self._keys, pinned(self.carries[0]))
+
+    def trace(self, step: Step, rows: int, carry: Any = None) -> Traced:
+        """Traces a step as this run would take it, on a batch.
+
+        Args:
+            step: Like the run's.
+            rows: Rows of the batch.
+            carry: What it takes, where that is at hand with key types.
+        """
+        step = step if self.groups.whole else self.groups.of(step)
+        carry = self._keys.wrap(self.carries[0]) if carry is None else carry
+        digested = self._options.checkpoint is not None
+        given = self._program, step, self.consts[0], carry, self._specs
+        return trace_step(*given, rows, digested=digested)
+
+    def adopt(self, step: Step) -> None:
+        """Goes on with a step in the place of the one before."""
+        if step is not self.plans.step:
+            self.plans = Plans(self._program, step, self._keys, self.plans.out_shardings)
+
+    @property
+    def carry(self) -> Any:
+        """What the step passes on, as it is now, of all members."""
+        return self._keys.wrap(self.groups.joined_carry(self.carries))
+
+    def apart(self, carry: Any) -> list[Any]:
+        """Returns a carry of all members, such as an earlier run has left, group by group."""
+        return self.groups.cut((), self._keys.strip(carry))[1]
+
+    def next_epoch(self, epoch: int) -> None:
+        """Turns carries to the next epoch."""
+        if self._program.next_epoch is not None:
+            self.carries = [self._program.next_epoch(carry, epoch) for carry in self.carries]
+
+    def drop(self) -> None:
+        """Lets go of what lies on the device."""
+        self.consts = self.carries = []
+
+    def open_hands(self, *, side_by_side: bool) -> Callable[[], None]:
+        """Starts the threads that hand work over; what it returns ends them.
+
+        Args:
+            side_by_side: Whether macrobatches may be computed at once where nothing is passed on.
+        """
+        config: Any = jax.config
+        # Settings of the calling thread that plans look at; and the user's code may not expect two.
+        minded = config.jax_debug_nans or config.jax_debug_infs or self.traced.calls_host
+        count = max(len(self.groups), 1 + (side_by_side and not self._carries))
+        count = min(count, num_cores()) if self._on_cpu and not minded else 1
+        self._hands = Hands(count if count > 1 else 0)
+        return self._hands.close
+
+    def spare(self, *, again: bool) -> None:
+        """Makes sure that the first plan takes over memory of nobody else's.
+
+        Args:
+            again: Whether the carries of now are needed once more.
+        """
+        if self._program.donate and (self._lent or again):
+            # Plans take a carry over, also where they fail; the caller and marks need theirs.
+            self.carries, self._lent = spared(self.carries, on_cpu=self._on_cpu), False
+
+    def compute(self, part: Part, heard: Callable[[int, Outputs], None] | None) -> Outputs:
+        """Hands every batch of a part to the device; gives the outputs to come.
+
+        Args:
+            part: Placed rows.
+            heard: Called after each batch with how many there were and the outputs of the last.
+        """
+        macrobatch = part.macrobatch
+        if macrobatch.block is None:
+            return self._loop(part, heard)
+        rest = macrobatch.block, macrobatch.order, macrobatch.index
+        plan = self.plans.block((self.consts[0], self.carries[0], *rest))
+        start = time.perf_counter()
+
+        def work(consts: Any, carry: Any) -> tuple[Any, list[Any]]:
+            carry, out = plan(consts, carry, *rest)
+            return carry, [out]
+
+        return Outputs(self._hand_over(part, work), True, start)
+
+    def _loop(self, part: Part, heard: Callable[[int, Outputs], None] | None) -> Outputs:
+        visit, macrobatch, start = part.visit, part.macrobatch, 0.0
+        pad = self._program.tail == "pad"
+        numbers = np.arange(part.first, part.stop, dtype=np.int32)
+        given = lambda: zip(numbers, macrobatch.batches, macrobatch.index, strict=True)  # noqa: E731
+
+        def work(consts: Any, carry: Any) -> tuple[Any, list[Any]]:
+            nonlocal start
+            outs, size = [], -1
+            plan: Any = None
+            for number, rows, index in given():
+                count = np.int32(visit.batches[number][0]) if pad else None
+                args = (consts, carry, rows, index, number, count)
+                if len(index) != size:
+                    size, plan = len(index), self.plans.batch(len(index), args)
+                    start = start or time.perf_counter()
+                begun = 0.0 if heard is None else time.perf_counter()
+                carry, out = plan(*args)
+                outs.append(out)
+                if heard is not None:
+                    self.carries = [carry]
+                    heard(int(number) + 1, Outputs([[out]], False, begun))
+                    start = time.perf_counter()  # All before it has been followed.
+            return carry, outs
+
+        if not self.groups.whole:
+            # Here: a thread of its own does not know what was set for this one, a precision say.
+            for number, rows, index in given():
+                args = (self.consts[0], self.carries[0], rows, index, number)
+                self.plans.batch(len(index), (*args, np.int32(0) if pad else None))
+        outs = self._hand_over(part, work)
+        return Outputs(outs, False, start)
+
+    def _hand_over(self, part: Part, work: Callable[..., Any]) -> list[Any]:
+        """Has each group go over a part, `work(consts, carry) -> (carry, outs)`; gives the outs."""
+        given = enumerate(zip(self.consts, self.carries, strict=True), part.visit.position)
+        waits = [self._hands.submit(number, work, *each) for number, each in given]
+        done = [wait() for wait in waits]
+        self.carries = [carry for carry, _ in done]
+        return [outs for _, outs in done]
+
+    def pieces(self, visit: Visit, outs: Outputs) -> list[Any] | None:
+        """Returns outputs as `output_pieces` does, of all members."""
+        of_group = lambda each: output_pieces(  # noqa: E731
+            self._program, visit, each, self._out, scanned=outs.scanned
+        )
+        return self.groups.joined_outputs([of_group(each) for each in outs.outs])

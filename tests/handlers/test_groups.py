@@ -1,0 +1,239 @@
+"""Members in groups, and the hands that give the device work: nothing but the time it takes."""
+
+import threading
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+
+import jaxhandler as jh
+from jaxhandler.handlers.groups import Groups, Hands
+
+pytestmark = pytest.mark.usefixtures("compiled_soon")
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(103, 5)).astype(np.float32)
+DATA = {"x": X, "y": np.tanh(X.sum(axis=1))}
+KEY = jax.random.key(7)
+MEMBERS = 5
+PARAMS = {
+    "w": RNG.normal(size=(MEMBERS, 5, 8)).astype(np.float32),
+    "v": RNG.normal(size=(MEMBERS, 8)).astype(np.float32),
+}
+
+
+def apply_fn(params, x):
+    return jnp.tanh(x @ params["w"]) @ params["v"]
+
+
+def errors(params, batch):
+    return (apply_fn(params, batch["x"]) - batch["y"]) ** 2
+
+
+def dropout_loss(params, batch, *, key):
+    keep = jax.random.bernoulli(key, 0.8, batch["x"].shape)
+    return errors(params, {**batch, "x": jnp.where(keep, batch["x"], 0)})
+
+
+def close(a, b):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), a, b)
+
+
+def bare(state):
+    """Random keys as their numbers."""
+    is_key = lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, state)
+
+
+def both(one, chunk=2):
+    """An ensemble computed at once, and in groups."""
+    yield jh.ensemble(one, members=MEMBERS, strategy="vmap")
+    yield jh.ensemble(one, members=MEMBERS, strategy="groups", chunk=chunk)
+
+
+@given(members=st.integers(1, 12), size=st.integers(1, 12), axis=st.integers(0, 1))
+def test_what_is_cut_into_groups_is_joined_again(members, size, axis):
+    groups = Groups(members, min(size, members), (axis, None), 0)
+    shape = (members, 3) if axis == 0 else (3, members)
+    carry = jnp.arange(3 * members).reshape(shape), jnp.float32(7)
+    consts, carries = groups.cut({"w": jnp.arange(members)}, carry)
+    assert len(consts) == len(carries) == len(groups)
+    assert {part[0].shape[axis] for part in carries} == {min(size, members)}
+    joined = groups.joined_carry(carries)
+    np.testing.assert_array_equal(joined[0], carry[0])
+    assert joined[1] == 7
+
+
+@pytest.mark.parametrize("mode", ["scan", "loop"])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, None])
+def test_groups_train_as_all_members_at_once(mode, chunk):
+    one = jh.trainer(dropout_loss, optax.adam(0.01), batch_size=8, mode=mode, has_key=True)
+    found = []
+    for many in both(one, chunk):
+        state = many.init(PARAMS, key=KEY)
+        found.append(many.train_from_host(state, DATA, macrobatch_size=24, epochs=2))
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found[-1][0]))
+    (state, info), (other, other_info) = found
+    close(bare(state), bare(other))
+    close(info.losses, other_info.losses)
+    assert other_info.total.shape == (MEMBERS, 26)
+
+
+@pytest.mark.parametrize("mode", ["scan", "loop"])
+@pytest.mark.parametrize("tail", ["exact", "pad", "drop"])
+def test_groups_predict_and_validate_as_all_members_at_once(mode, tail):
+    calculator = jh.calculator(apply_fn, batch_size=8, mode=mode, tail=tail)
+    validator = jh.validator({"error": errors}, batch_size=8, mode=mode, tail=tail)
+    expected, found = (
+        many.calc_from_host(PARAMS, X, macrobatch_size=24) for many in both(calculator)
+    )
+    close(expected, found)
+    assert found.shape == (MEMBERS, 96 if tail == "drop" else 103)
+    expected, found = (many.validate(PARAMS, DATA) for many in both(validator))
+    close(expected, found)
+
+
+def test_a_handler_of_ones_own_has_groups_as_well():
+    step = lambda consts, carry, x: (carry + x.sum(), consts * x)  # noqa: E731
+    consts, carry = jnp.arange(5.0), jnp.zeros(5)
+    results = [
+        many.handle(carry, X[:, 0], consts=consts)
+        for many in both(jh.handler(step, batch_size=8, mode="scan"))
+    ]
+    close(*results)
+
+
+def test_the_callers_state_stays_as_it_is():
+    many = list(both(jh.trainer(errors, optax.adam(0.1), batch_size=8)))[1]
+    state = many.init(PARAMS, key=KEY)
+    before = jax.tree.map(np.array, bare(state))
+    many.train(state, DATA)
+    jax.tree.map(np.testing.assert_array_equal, bare(state), before)
+
+
+def test_one_plan_fits_all_groups_and_none_is_left_for_a_second_run():
+    many = list(both(jh.trainer(errors, optax.adam(0.1), batch_size=8, mode="scan")))[1]
+    state = many.init(PARAMS, key=KEY)
+    state, info = many.train_from_host(state, DATA, macrobatch_size=24)
+    assert info.report.compiles == 2
+    assert many.train_from_host(state, DATA, macrobatch_size=24)[1].report.compiles == 0
+
+
+def test_callbacks_see_the_state_of_all_members():
+    many = list(both(jh.trainer(errors, optax.adam(0.1), batch_size=8)))[1]
+    seen = []
+    many.train_from_host(
+        many.init(PARAMS, key=KEY),
+        DATA,
+        macrobatch_size=24,
+        on_macrobatch_finish=lambda progress: seen.append(progress.state.params["w"].shape),
+    )
+    assert set(seen) == {(MEMBERS, 5, 8)}
+
+
+def test_one_member_that_explodes_is_frozen_in_its_group():
+    one = jh.trainer(errors, optax.adam(0.1), batch_size=8, on_nonfinite="freeze")
+    many = list(both(one))[1]
+    params = {**PARAMS, "v": PARAMS["v"].copy()}
+    params["v"][3] = np.inf
+    with pytest.warns(UserWarning, match="member"):
+        state, _ = many.train(many.init(params, key=KEY), DATA, shuffle=None)
+    assert np.asarray(state.active).tolist() == [True, True, True, False, True]
+    fine, _ = many.train(many.init(PARAMS, key=KEY), DATA, shuffle=None)
+    for i in (0, 1, 2, 4):
+        np.testing.assert_array_equal(state.params["w"][i], fine.params["w"][i])
+
+
+def test_groups_go_on_where_they_were_stopped(tmp_path):
+    many = list(both(jh.trainer(errors, optax.adam(0.1), batch_size=8)))[1]
+    state = many.init(PARAMS, key=KEY)
+    options = {"macrobatch_size": 24, "epochs": 2}
+    expected, _ = many.train_from_host(state, DATA, **options)
+
+    def stop(progress):
+        if progress.epoch == 2 and progress.macrobatch == 2:
+            raise KeyboardInterrupt
+
+    options["checkpoint"] = jh.checkpoint(tmp_path, every=0)
+    with pytest.raises(KeyboardInterrupt):
+        many.train_from_host(state, DATA, on_macrobatch_finish=stop, **options)
+    found, info = many.train_from_host(state, DATA, **options)
+    jax.tree.map(np.testing.assert_array_equal, bare(found), bare(expected))
+    assert info.total.shape == (MEMBERS, 26)
+
+
+def test_another_number_of_members_is_refused_by_name():
+    many = list(both(jh.calculator(apply_fn)))[1]
+    few = jax.tree.map(lambda leaf: leaf[:3], PARAMS)
+    with pytest.raises(ValueError, match=r"params\['v'\]: saw float32\[3, 8\], expected 5 members"):
+        many.calc(few, X)
+
+
+def test_members_with_rows_or_orders_of_their_own_are_computed_at_once():
+    one = jh.trainer(errors, optax.adam(0.1), batch_size=8)
+    many = jh.ensemble(one, members=MEMBERS, strategy="groups", chunk=2, member_order=True)
+    same = jh.ensemble(one, members=MEMBERS, strategy="vmap", member_order=True)
+    results = [each.train(each.init(PARAMS, key=KEY), DATA)[0] for each in (many, same)]
+    close(*(state.params for state in results))
+
+
+# Macrobatches of a run that passes nothing on.
+
+
+def hands_of(run):
+    """The names of the threads that a run's work came from."""
+    names, submit = set(), Hands.submit
+
+    def noted(self, number, fn, *args):
+        def called(*args):
+            names.add(threading.current_thread().name)
+            return fn(*args)
+
+        return submit(self, number, called, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hands, "submit", noted)
+        patch.setattr("jaxhandler.handlers.work.num_cores", lambda: 2)
+        run()
+    return {name.split("_")[0] for name in names}
+
+
+def test_macrobatches_of_predictions_come_from_two_threads_and_those_of_training_from_one():
+    rows = jnp.asarray(X)
+    calculator = jh.calculator(lambda w, x: x @ w, batch_size=8, mode="scan")
+    predict = lambda: calculator.calc_from_host(jnp.ones(5), rows, macrobatch_size=24)  # noqa: E731
+    assert hands_of(predict) == {"jaxhandler-hand-0", "jaxhandler-hand-1"}
+    trainer = jh.trainer(lambda w, x: x @ w, optax.sgd(0.1), batch_size=8)
+    state = trainer.init(jnp.ones(5), key=KEY)
+    train = lambda: trainer.train_from_host(state, rows, macrobatch_size=24)  # noqa: E731
+    assert hands_of(train) == {"MainThread"}
+    assert not [each for each in threading.enumerate() if each.name.startswith("jaxhandler-hand")]
+
+
+def test_code_on_the_host_is_never_called_by_two_macrobatches_at_once():
+    heard = lambda x: jax.pure_callback(lambda x: np.asarray(x), x, x)  # noqa: E731
+    calculator = jh.calculator(lambda _, x: heard(x), batch_size=8, mode="scan")
+    rows = jnp.asarray(X)
+    predict = lambda: calculator.calc_from_host((), rows, macrobatch_size=24)  # noqa: E731
+    assert hands_of(predict) == {"MainThread"}
+
+
+def test_whoever_looks_for_nan_finds_them_in_every_macrobatch():
+    calculator = jh.calculator(lambda _, x: jnp.sqrt(x), batch_size=8, mode="scan")
+    for row in (3, 30):
+        rows = np.ones((72, 2), np.float32)
+        rows[row] = -1
+        with jax.debug_nans(True), pytest.raises(Exception, match="nan"):
+            calculator.calc_from_host((), jnp.asarray(rows), macrobatch_size=24)
+
+
+def test_outputs_come_in_order_whichever_thread_is_faster():
+    calculator = jh.calculator(lambda _, x: 2 * x, batch_size=8, mode="scan")
+    rows = np.arange(800, dtype=np.float32)
+    for _ in range(5):
+        found = calculator.calc_from_host((), jnp.asarray(rows), macrobatch_size=16)
+        np.testing.assert_array_equal(found, 2 * rows)
