@@ -28,6 +28,8 @@ __all__ = [
     "read_ahead",
 ]
 
+# Bytes of a batch that are copied in less time than a call of a plan takes.
+_SMALL_BATCH = 2**17
 _NOTED = 4096
 _SHOWN = 8
 
@@ -125,6 +127,8 @@ class Layout(NamedTuple):
         scan: Whether a whole macrobatch goes through one plan.
         pad: Whether a short batch is filled up by repeating its last row.
         gather: Whether a scan draws shuffled rows by index, rather than the host permuting them.
+        fill: Whether a scan takes as many steps as it is told, so that few rows may be part of a
+            block of which the rest is never looked at.
     """
 
     size: int
@@ -132,6 +136,7 @@ class Layout(NamedTuple):
     scan: bool
     pad: bool
     gather: bool
+    fill: bool = False
 
 
 class Macrobatch(NamedTuple):
@@ -144,6 +149,8 @@ class Macrobatch(NamedTuple):
         order: `[S, B]` int32, where each row of a batch lies in `block`; None if they lie in order.
         batches: Where it runs in a loop, one tree `[B, ...]` per batch; to be gone through once.
         index: Row numbers in the source, `[S, B]` int32 or a list of `[B]`.
+        steps: Batches of the block that hold rows.
+        tail: The short batch after those of the block, its rows and row numbers; or None.
 
     Where members of an ensemble have orders of their own, `order`, `index` and the rows of a batch
     have a member axis after that of the rows.
@@ -154,6 +161,8 @@ class Macrobatch(NamedTuple):
     order: np.ndarray | None
     batches: Iterable[Any]
     index: Any
+    steps: int = 0
+    tail: tuple[Any, np.ndarray] | None = None
 
 
 def load(source: Source, visit: Visit, layout: Layout, *, borrow: bool = False) -> Macrobatch:
@@ -196,7 +205,7 @@ def load(source: Source, visit: Visit, layout: Layout, *, borrow: bool = False) 
             order = order.reshape(index.shape).astype(np.int32)
         else:
             rows = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), rows)
-        return Macrobatch(visit, rows, order, [], index)
+        return Macrobatch(visit, rows, order, [], index, len(index))
     short = (number for number, (count, _) in enumerate(visit.batches) if count < size)
     whole, spans, start = next(short, len(visit.batches)), [], 0
     for count, _ in visit.batches:
@@ -206,6 +215,10 @@ def load(source: Source, visit: Visit, layout: Layout, *, borrow: bool = False) 
             span = start + np.minimum(np.arange(size), count - 1)
         spans.append(span)
         start += count
+    if layout.fill and order is None and 1 < whole >= len(spans) - 1 and _is_small(rows, size):
+        cut = lambda span: jax.tree.map(lambda leaf: _rows(leaf, span), (rows, index))  # noqa: E731
+        block, numbers = jax.tree.map(lambda leaf: _filled(leaf, whole, layout), (rows, index))
+        return Macrobatch(visit, block, None, [], numbers, whole, *map(cut, spans[whole:]))
     if order is not None:
         batches = (_drawn(take, order[span]) for span in spans)
     else:
@@ -281,6 +294,18 @@ def _permute(leaf: Any, order: np.ndarray) -> Any:
     rows = aligned_empty((len(order), *leaf.shape[1:]), leaf.dtype)
     np.take(leaf, order, axis=0, out=rows, mode="clip")
     return rows
+
+
+def _is_small(rows: Any, size: int) -> bool:
+    return size * sum(leaf[:1].nbytes for leaf in jax.tree.leaves(rows)) <= _SMALL_BATCH
+
+
+def _filled(leaf: np.ndarray, batches: int, layout: Layout) -> np.ndarray:
+    """Returns the first batches in a block as long as any, lest their number be compiled."""
+    block = aligned_empty((layout.size, *leaf.shape[1:]), leaf.dtype)
+    count = batches * layout.batch_size
+    block[:count] = leaf[:count]
+    return block.reshape(-1, layout.batch_size, *leaf.shape[1:])
 
 
 def _cut(leaf: Any, spans: list[Any], whole: int, size: int) -> list[Any]:

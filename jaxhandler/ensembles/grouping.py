@@ -18,9 +18,10 @@ __all__ = ["best_group", "group_sizes"]
 _FEW = 5
 _ROUNDS = 5
 _SECONDS = 1.0
-_STEPS = 16
+_STEPS = 4
+_CALLS = 8
 _LONG = 0.02
-_HOPELESS = 2
+_HOPELESS = 1.4
 _MARGIN = 0.97
 
 
@@ -48,6 +49,8 @@ def best_group(
     hands: int,
     trials: PlanCache,
     made_up: Callable[[Any], Any],
+    *,
+    scans: bool,
 ) -> int | None:
     """Returns how many members are best computed at once; None where no number fits the device.
 
@@ -63,8 +66,9 @@ def best_group(
         hands: Groups that are computed at a time.
         trials: Counts what is compiled.
         made_up: Gives numbers of a type.
+        scans: Whether steps may be taken in a scan, as most runs do.
     """
-    keys = Keys(args)
+    keys, steps = Keys(args), _STEPS if scans else 1
     numbers = jax.eval_shape(keys.strip, args)
     leaves, structure = jax.tree.flatten(numbers)
     axes, of_carry = leaf_axes(in_axes, numbers), Keys(args[1])
@@ -73,9 +77,12 @@ def best_group(
         shapes = [_resized(leaf, axis, size) for leaf, axis in zip(leaves, axes, strict=True)]
         few = structure.unflatten(shapes)
 
-        def step(*args: Any) -> tuple[Any, Any]:
-            carry, out = make(size)(*keys.wrap(args))
-            return of_carry.strip(carry), out
+        def step(consts: Any, carry: Any, batch: Any) -> tuple[Any, Any]:
+            def body(carry: Any, _: None) -> tuple[Any, Any]:
+                carry, out = make(size)(*keys.wrap((consts, carry, batch)))
+                return of_carry.strip(carry), out
+
+            return jax.lax.scan(body, carry, None, length=steps)
 
         plan = trials.get((make, size), lambda: compile_plan(step, few, donate=(1,)))
         consts, carry, batch = jax.tree.map(made_up, few)
@@ -83,12 +90,15 @@ def best_group(
         count = min(hands, math.ceil(members / size))
         return [[plan, consts, carry, batch] for _ in range(count)]
 
-    def seconds(size: int, steps: int) -> float:
-        """Times what all members would take for a step."""
+    def turns(size: int) -> int:
+        return math.ceil(math.ceil(members / size) / hands)
+
+    def seconds(size: int, calls: int) -> float:
+        """Times what all members would take for so many steps at a time."""
 
         def go(group: list[Any]) -> None:
             (plan, consts, carry, batch), out = group, None
-            for _ in range(steps):
+            for _ in range(calls):
                 carry, out = plan(consts, carry, batch)
             group[2], _ = jax.block_until_ready((carry, out))
 
@@ -100,8 +110,7 @@ def best_group(
                 raise
             # What does not fit is no rival to what does.
             return math.inf
-        turns = math.ceil(math.ceil(members / size) / hands)
-        return turns * (time.perf_counter() - begin) / steps
+        return turns(size) * (time.perf_counter() - begin) / calls
 
     sizes = group_sizes(members, hands)
     with ThreadPoolExecutor(hands, thread_name_prefix="jaxhandler-trial") as pool:
@@ -110,15 +119,18 @@ def best_group(
         for size in sizes:
             seconds(size, 1)
         first = {size: min(seconds(size, 1), seconds(size, 1)) for size in sizes}
-        if min(first.values()) == math.inf:
+        best = min(first.values())
+        if best == math.inf:
             return None
-        bearable = _HOPELESS * min(first.values())
-        steps = {size: max(2, min(_STEPS, int(_LONG / took))) for size, took in first.items()}
-        times = {size: [] for size in sizes if first[size] <= bearable}
+        calls = {
+            size: max(1, min(_CALLS, int(_LONG * turns(size) / first[size]))) for size in sizes
+        }
+        # What is far behind costs the most time, and is not worth it.
+        times = {size: [took] for size, took in first.items() if took <= _HOPELESS * best}
         stop = time.perf_counter() + _SECONDS
         for _ in range(_ROUNDS):
             for size, found in times.items():
-                found.append(seconds(size, steps[size]))
+                found.append(seconds(size, calls[size]))
             if time.perf_counter() > stop:
                 break
     shortest = {size: min(found) for size, found in times.items()}

@@ -11,7 +11,7 @@ import numpy as np
 from jaxhandler.ensembles.grouping import best_group
 from jaxhandler.ensembles.strategies import Strategy
 from jaxhandler.errors import check_choice, check_count, explain
-from jaxhandler.handlers.jaxprs import primitives
+from jaxhandler.handlers.jaxprs import convolves, primitives
 from jaxhandler.handlers.shortage import is_shortage
 from jaxhandler.handlers.steps import Keys
 from jaxhandler.plans import PlanCache, compile_plan
@@ -168,10 +168,12 @@ class Strategies:
         if found is None:
             numbers = jax.eval_shape(Keys(args).strip, args)
             found, step = _VMAP, lambda size: make(_VMAP, size)
-            if members > 1 and _may_be_tried(numbers, jax.make_jaxpr(step(members))(*args)):
+            jaxpr = jax.make_jaxpr(step(members))(*args)
+            if members > 1 and _may_be_tried(numbers, jaxpr):
+                given = step, args, in_axes, members, hands, self.trials, _made_up
                 # Made-up numbers may have no square root; nobody who looks for NaN means those.
                 with jax.debug_nans(False), jax.debug_infs(False):
-                    size = best_group(step, args, in_axes, members, hands, self.trials, _made_up)
+                    size = best_group(*given, scans=not convolves(jaxpr))
                 self.trials.clear()
                 if size is None:
                     # Members one after another need less; that is another trial's business.

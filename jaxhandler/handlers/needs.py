@@ -29,6 +29,7 @@ class Gauge(NamedTuple):
         sharding: That of a batch, or None.
         scan: Whether a macrobatch runs as one plan.
         gather: Whether a scan draws its rows by index.
+        fill: Whether it takes as many steps as it is told.
     """
 
     plans: Plans
@@ -40,6 +41,7 @@ class Gauge(NamedTuple):
     sharding: Sharding | None
     scan: bool
     gather: bool
+    fill: bool
 
     def batch(self) -> Needs:
         """Measures the plan of one batch; `state` is what it does not take over of the carry."""
@@ -54,7 +56,8 @@ class Gauge(NamedTuple):
         index = jax.ShapeDtypeStruct(steps, np.int32)
         order = index if self.gather else None
         data = self._data(size) if self.gather else self._data(*steps, leading=1)
-        args = (self.consts, self.carry, data, order, index)
+        count = jax.ShapeDtypeStruct((), np.int32) if self.fill else None
+        args = (self.consts, self.carry, data, order, index, count)
         return self._measure(self.plans.block(args), args)
 
     def beforehand(self) -> Needs:

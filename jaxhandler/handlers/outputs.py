@@ -13,13 +13,14 @@ __all__ = ["Outputs", "added", "join", "joined_specs", "output_pieces", "pack"]
 
 
 class Outputs(NamedTuple):
-    """Outputs under way: one of a scan or one per batch, and when the device was given the work.
+    """Outputs under way, of each group of members, and when the device was given the work.
 
+    The first of a group's are those of `scanned` batches at once, and the others of one batch each.
     `earlier` are those of earlier parts of the macrobatch, where metrics are made of them.
     """
 
     outs: list[Any]
-    scanned: bool
+    scanned: int
     start: float
     earlier: tuple["Outputs", ...] = ()
 
@@ -55,16 +56,16 @@ def joined_specs(out: Any, num_rows: int, axis: int) -> Any:
 
 
 def output_pieces(
-    program: Program, visit: Visit, outs: list[Any], specs: Any, *, scanned: bool
+    program: Program, visit: Visit, outs: list[Any], specs: Any, *, scanned: int
 ) -> list[Any] | None:
     """Returns the outputs of one macrobatch as trees that follow each other along the row axis.
 
     Args:
         program: The handler's program.
         visit: The rows they belong to.
-        outs: One output `[S, ...]` of a scan, or one per batch of a loop; those of steps packed.
+        outs: One output `[S, ...]` of a scan and one of each further batch; those of steps packed.
         specs: The types of a step's output.
-        scanned: Which of the two.
+        scanned: Batches of the scan, 0 where there was none.
 
     Returns:
         For "rows" trees `[..., r, ...]` without padded rows, one for a scan; for "steps" a single
@@ -74,7 +75,13 @@ def output_pieces(
         return None
     if program.outputs == "steps":
         host = jax.tree.map(np.asarray, outs) if _on_cpu(outs) else jax.device_get(outs)
-        packed = host[0] if scanned else jax.tree.map(lambda *steps: np.stack(steps), *host)
+        if not scanned:
+            packed = jax.tree.map(lambda *steps: np.stack(steps), *host)
+        elif len(host) == 1:
+            packed = jax.tree.map(lambda block: block[:scanned], host[0])
+        else:
+            add = lambda block, *steps: np.concatenate([block[:scanned], np.stack(steps)])  # noqa: E731
+            packed = jax.tree.map(add, *host)
         return [_unpack(packed, specs)]
     axis = program.row_axis
     if scanned:

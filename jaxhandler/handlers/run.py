@@ -104,6 +104,11 @@ class Run:
             # There a batch of lent rows is a view, while a scan wants a copy of a macrobatch first.
             slow = self.on_cpu and (self.traced.convolves or self.borrows)
             self.mode = "loop" if slow or program.on_batch_finish else "scan"
+        # A loop whose end is not known costs accelerators a look at each step; and outputs of rows
+        # would be made for a whole block however few there are.
+        self.fills = self.on_cpu and self.sharding is None and program.outputs != "rows"
+        self.fills &= self.mode == "scan" and program.member_order is None
+        self.work.fills = self.fills
         self.size = resolve_macrobatch(
             options.macrobatch_size, size, num_rows, lambda: self.gauge().beforehand(), self.device
         )
@@ -118,6 +123,7 @@ class Run:
             scan=self.mode == "scan",
             pad=program.tail == "pad",
             gather=self.sharding is None,
+            fill=self.fills,
         )
         self.num_visits = num_visits(num_rows, self.size, size, program.tail)
         self.num_rows = num_rows // size * size if program.tail == "drop" else num_rows
@@ -227,6 +233,7 @@ class Run:
             sharding=self.sharding,
             scan=self.mode == "scan",
             gather=self.sharding is None and options.shuffle in ("rows", "blocks"),
+            fill=self.fills,
         )
 
     def open_sink(self, out: Any, mark: dict[str, Any] | None = None) -> Sink:
@@ -243,7 +250,7 @@ class Run:
         layout, first = self.layout, self._batches
         if share.batches is not None:
             # A part is like a short macrobatch: single batches, a plan that most runs have.
-            layout = layout._replace(scan=False, gather=False)
+            layout = layout._replace(scan=False, gather=False, fill=False)
 
         def order() -> Iterator[Visit]:
             epochs, skipped = divmod(self._visits, max(self.num_visits, 1))

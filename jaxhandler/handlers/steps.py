@@ -175,7 +175,7 @@ class Plans:
 
     def block(self, args: tuple[Any, ...]) -> Any:
         """Returns the plan for a whole macrobatch, called with arguments like `args`."""
-        return self._find(("block", args[3] is None), _block, args)
+        return self._find(("block", args[3] is None, args[5] is None), _block, args)
 
     def workspace(self) -> int:
         """Returns the most bytes that a plan used so far needs besides what it takes and gives."""
@@ -209,7 +209,7 @@ def _batch(
 
 
 def _block(
-    step: Step, consts: Any, carry: Any, data: Any, order: Any, index: Any
+    step: Step, consts: Any, carry: Any, data: Any, order: Any, index: Any, count: Any
 ) -> tuple[Any, Any]:
     steps, size = index.shape[:2]
     mask = jnp.ones(size, bool)
@@ -221,7 +221,21 @@ def _block(
         return _named(step, consts, carry, Batch(rows, mask, index, position))
 
     rows = data if order is None else None
-    return jax.lax.scan(body, carry, (rows, order, index, jnp.arange(steps, dtype=jnp.int32)))
+    xs = (rows, order, index, jnp.arange(steps, dtype=jnp.int32))
+    if count is None:
+        return jax.lax.scan(body, carry, xs)
+    at = lambda number: jax.tree.map(  # noqa: E731
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), xs
+    )
+    _, out = jax.eval_shape(lambda carry: body(carry, at(0)), carry)
+    outs = jax.tree.map(lambda leaf: jnp.zeros((steps, *leaf.shape), leaf.dtype), out)
+
+    def one(number: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        carry, out = body(state[0], at(number))
+        put = lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, number, 0)  # noqa: E731
+        return carry, jax.tree.map(put, state[1], out)
+
+    return jax.lax.fori_loop(0, count, one, (carry, outs))
 
 
 def _named(step: Step, consts: Any, carry: Any, batch: Batch) -> tuple[Any, Any]:

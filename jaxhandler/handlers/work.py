@@ -39,6 +39,7 @@ class Work:
         plans: The plans of a group.
         carries: What each group passes on, without key types.
         groups: Which members are computed at once.
+        fills: Whether plans of macrobatches take as many steps as they are told.
 
     Raises:
         TypeError: If the step does not give a pair.
@@ -59,6 +60,7 @@ class Work:
     ) -> None:
         self._program, self._specs, self._options = program, specs, options
         self._on_cpu, self._keys, self._hands = on_cpu, Keys(carry), Hands(0)
+        self.fills = False
         size = program.members or 1
         # Whoever hears of every batch hears of all members; what is rare need not be split.
         plain = program.on_batch_finish is None and not options.dry
@@ -149,18 +151,28 @@ class Work:
             part: Placed rows.
             heard: Called after each batch with how many there were and the outputs of the last.
         """
-        macrobatch = part.macrobatch
+        macrobatch, pad = part.macrobatch, self._program.tail == "pad"
         if macrobatch.block is None:
             return self._loop(part, heard)
-        rest = macrobatch.block, macrobatch.order, macrobatch.index
-        plan = self.plans.block((self.consts[0], self.carries[0], *rest))
+        steps, first = macrobatch.steps, (self.consts[0], self.carries[0])
+        count = np.int32(steps) if self.fills else None
+        block = macrobatch.block, macrobatch.order, macrobatch.index, count
+        calls = [(self.plans.block((*first, *block)), block)]
+        if macrobatch.tail is not None:
+            rows, index = macrobatch.tail
+            short = np.int32(part.visit.batches[-1][0]) if pad else None
+            tail = rows, index, np.int32(steps), short
+            calls.append((self.plans.batch(len(index), (*first, *tail)), tail))
         start = time.perf_counter()
 
         def work(consts: Any, carry: Any) -> tuple[Any, list[Any]]:
-            carry, out = plan(consts, carry, *rest)
-            return carry, [out]
+            outs = []
+            for plan, given in calls:
+                carry, out = plan(consts, carry, *given)
+                outs.append(out)
+            return carry, outs
 
-        return Outputs(self._hand_over(part, work), True, start)
+        return Outputs(self._hand_over(part, work), steps, start)
 
     def _loop(self, part: Part, heard: Callable[[int, Outputs], None] | None) -> Outputs:
         visit, macrobatch, start = part.visit, part.macrobatch, 0.0
@@ -183,7 +195,7 @@ class Work:
                 outs.append(out)
                 if heard is not None:
                     self.carries = [carry]
-                    heard(int(number) + 1, Outputs([[out]], False, begun))
+                    heard(int(number) + 1, Outputs([[out]], 0, begun))
                     start = time.perf_counter()  # All before it has been followed.
             return carry, outs
 
@@ -193,7 +205,7 @@ class Work:
                 args = (self.consts[0], self.carries[0], rows, index, number)
                 self.plans.batch(len(index), (*args, np.int32(0) if pad else None))
         outs = self._hand_over(part, work)
-        return Outputs(outs, False, start)
+        return Outputs(outs, 0, start)
 
     def _hand_over(self, part: Part, work: Callable[..., Any]) -> list[Any]:
         """Has each group go over a part, `work(consts, carry) -> (carry, outs)`; gives the outs."""

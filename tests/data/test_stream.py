@@ -41,7 +41,9 @@ def batches_seen(macrobatch):
         return list(zip(macrobatch.batches, index, strict=True))
     if order is not None:
         block = jax.tree.map(lambda leaf: np.asarray(leaf)[order], block)
-    return [(jax.tree.map(operator.itemgetter(n), block), index[n]) for n in range(len(index))]
+    steps = range(macrobatch.steps)
+    seen = [(jax.tree.map(operator.itemgetter(n), block), index[n]) for n in steps]
+    return seen if macrobatch.tail is None else [*seen, macrobatch.tail]
 
 
 def oracle(data, visit, batch_size, pad):
@@ -80,17 +82,26 @@ def opened(data, kind, folder):
     tail=st.sampled_from(["exact", "pad", "drop"]),
     scan=st.booleans(),
     gather=st.booleans(),
+    fill=st.booleans(),
 )
 def test_every_layout_and_shuffle_gives_the_rows_of_the_oracle(
-    shuffle, kind, shape, tail, scan, gather, tmp_path_factory
+    shuffle, kind, shape, tail, scan, gather, fill, tmp_path_factory
 ):
     num_rows, macrobatch, batch = shape
     data, size = data_of(num_rows), macrobatch_rows(macrobatch, batch)
     source = opened(data, kind, tmp_path_factory.mktemp("stream"))
-    layout = Layout(size, batch, scan, tail == "pad", gather)
+    layout = Layout(size, batch, scan, tail == "pad", gather, scan and fill)
     for visit in visits(num_rows, size, batch, tail=tail, shuffle=shuffle, key=KEY, epoch=1):
         loaded = load(source, visit, layout)
-        assert (loaded.block is not None) == (scan and visit.rows == size)
+        # Batches one by one, and a short one that is not the last.
+        counts = [count for count, _ in visit.batches]
+        few = len(counts) - (counts[-1] < batch) < 2 or min(counts[:-1], default=batch) < batch
+        scanned = scan and (visit.rows == size or (fill and not few))
+        assert (loaded.block is not None) == scanned
+        if scanned and loaded.order is None:
+            assert {leaf.shape[:2] for leaf in jax.tree.leaves(loaded.block)} == {
+                (size // batch, batch)
+            }
         same(batches_seen(loaded), oracle(data, visit, batch, tail == "pad"))
 
 
@@ -121,6 +132,14 @@ def test_on_cpu_the_batches_of_a_loop_are_handed_to_plans_as_they_are():
         jh.open_source(data_of(8)), next(visits(8, 8, 4)), Layout(8, 4, False, False, True)
     )
     assert place(loaded, None, on_cpu=True).batches is loaded.batches
+
+
+def test_large_batches_are_handed_over_as_they_lie_rather_than_copied_into_a_block():
+    layout = Layout(32, 4, True, False, True, True)
+    for width, copied in ((2**13, True), (2**13 + 1, False)):
+        source = jh.open_source(np.zeros((9, width), np.float32))
+        loaded = load(source, next(visits(9, 32, 4)), layout)
+        assert (loaded.block is not None) == copied
 
 
 def test_rows_in_order_are_not_copied_once_more():

@@ -138,6 +138,38 @@ def test_a_scan_compiles_three_plans_at_most_and_a_loop_two():
         assert calc.program.plans.stats().compiles - before == 1
 
 
+@pytest.mark.parametrize("tail", ["exact", "pad"])
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 17, 24, 39, 40, 41, 79, 80])
+def test_few_rows_go_through_the_plan_of_a_macrobatch(rows, tail):
+    data = rows_of(rows)
+
+    def step(carry, data):
+        return carry + data["x"].sum(axis=0), {"n": data["n"][0], "x": data["x"].sum()}
+
+    results = []
+    for mode in ("scan", "loop"):
+        many = jh.handler(step, batch_size=8, mode=mode, tail=tail, outputs="steps")
+        run = many.handle_from_host(np.zeros(5, np.float32), data, macrobatch_size=40)
+        results.append(run)
+        assert many.program.plans.stats().compiles <= 2
+    (total, steps), (other_total, other_steps) = results
+    np.testing.assert_allclose(total, other_total, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(steps["n"], other_steps["n"])
+    np.testing.assert_allclose(steps["x"], other_steps["x"], rtol=1e-5, atol=1e-5)
+
+
+def test_no_number_of_whole_batches_is_compiled():
+    count = jh.handler(lambda n, x: (n + 1, x.sum()), batch_size=8, mode="scan", outputs="steps")
+    for batches in range(2, 12):
+        number, sums = count.handle_from_host(
+            np.int32(0), np.ones(8 * batches, np.float32), macrobatch_size=40
+        )
+        assert int(number) == batches
+        np.testing.assert_array_equal(sums, np.full(batches, 8))
+    # One batch that is left over from whole macrobatches comes by itself.
+    assert count.program.plans.stats().compiles == 2
+
+
 def test_a_second_run_neither_compiles_nor_traces():
     traces = collections.Counter()
 

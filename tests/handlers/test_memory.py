@@ -390,7 +390,8 @@ def gauge_of(model, optimizer, donate):
 def test_what_a_scan_needs_is_told_from_the_plan_of_a_batch(model, optimizer):
     gauge = gauge_of(model, OPTIMIZERS[optimizer], donate=True)
     told, measured = gauge.beforehand(), gauge.block(512)
-    assert measured.rows == 8 * told.rows
+    # Row numbers too, which the plan of a batch only takes where somebody looks at them.
+    assert 0 <= measured.rows - 8 * told.rows <= 4 * 512 + 4
     assert measured.outputs == 8 * told.outputs
     assert measured.workspace <= told.workspace + told.spare + COUNTERS
     assert told.workspace <= 1.6 * measured.workspace
