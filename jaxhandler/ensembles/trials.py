@@ -72,6 +72,7 @@ class Strategies:
         self.trials = PlanCache()
         self.chosen: dict[Hashable, Strategy] = {}
         self._adopted: dict[str, Strategy] = {}
+        self._grouped: set[Hashable] = set()
 
     def known(self) -> dict[str, list[Any]]:
         """Returns what was chosen, as JSON has it."""
@@ -164,25 +165,33 @@ class Strategies:
             members: How many there are.
             hands: Groups that are computed at a time.
         """
-        found = self._pinned or self._known(key)
-        if found is None:
-            numbers = jax.eval_shape(Keys(args).strip, args)
-            found, step = _VMAP, lambda size: make(_VMAP, size)
-            jaxpr = jax.make_jaxpr(step(members))(*args)
-            if members > 1 and _may_be_tried(numbers, jaxpr):
-                given = step, args, in_axes, members, hands, self.trials, _made_up
-                # Made-up numbers may have no square root; nobody who looks for NaN means those.
-                with jax.debug_nans(False), jax.debug_infs(False):
-                    size = best_group(*given, scans=not convolves(jaxpr))
-                self.trials.clear()
-                if size is None:
-                    # Members one after another need less; that is another trial's business.
-                    return members
-                found = _VMAP if size == members else Strategy("groups", size)
-            self.chosen[key] = found
+        if self._pinned is None and key not in self._grouped:
+            # Whatever one call chose, it knew of no groups.
+            found = self._adopted.get(str(key)) or self._tried(make, args, in_axes, members, hands)
+            self._grouped.add(key)
+            if found is not None:
+                self.chosen[key] = found
+        found = self._pinned or self.chosen.get(key, _VMAP)
         if found.name != "groups":
             return members
         return min(found.chunk or math.ceil(members / hands), members)
+
+    def _tried(
+        self, make: Any, args: tuple[Any, ...], in_axes: Any, members: int, hands: int
+    ) -> Strategy | None:
+        """Tries groups; None where nothing fits, since members one after another may still do."""
+        numbers, step = jax.eval_shape(Keys(args).strip, args), lambda size: make(_VMAP, size)
+        jaxpr = jax.make_jaxpr(step(members))(*args)
+        if members == 1 or not _may_be_tried(numbers, jaxpr):
+            return _VMAP
+        given = step, args, in_axes, members, hands, self.trials, _made_up
+        # Made-up numbers may have no square root; nobody who looks for NaN means those.
+        with jax.debug_nans(False), jax.debug_infs(False):
+            size = best_group(*given, scans=not convolves(jaxpr))
+        self.trials.clear()
+        if size is None:
+            return None
+        return _VMAP if size == members else Strategy("groups", size)
 
     def _known(self, key: Hashable) -> Strategy | None:
         found = self.chosen.get(key)

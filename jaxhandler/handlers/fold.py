@@ -153,7 +153,7 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
     pending: deque[_UnderWay] = deque()
     blocks: list[Any] = []
     # What a step leaves as it is has means of all rows so far, a training the latest ones.
-    adds_up, told = not run.carries, None
+    adds_up, told = not run.work.passes_on, None
 
     def finish() -> Finished | None:
         nonlocal told

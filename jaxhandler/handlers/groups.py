@@ -147,7 +147,7 @@ class Hands:
 
     def __init__(self, count: int) -> None:
         names = [f"jaxhandler-hand-{number}" for number in range(count)]
-        self._lanes = [Lane(name) for name in names or [None]]
+        self._lanes, self.closed = [Lane(name) for name in names or [None]], False
 
     def submit(self, number: int, fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
         """Hands over a call; calls whose numbers agree, modulo the hands, come in turn.
@@ -163,7 +163,8 @@ class Hands:
         return self._lanes[number % len(self._lanes)].submit(fn, *args)
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads; calls that have begun may look at `closed`, and leave."""
+        self.closed = True
         for lane in self._lanes:
             lane.close()
 

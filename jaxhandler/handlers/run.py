@@ -95,9 +95,8 @@ class Run:
             on_cpu=self.on_cpu and self.sharding is None and program.member_place is None,
         )
         self.traced = self.work.traced
-        self.carries = bool(jax.tree.leaves(carry))
         # A carry may keep rows it has seen; sinks copy, so without one nothing outlives the run.
-        self.borrows = source.borrow is not None and not self.carries
+        self.borrows = source.borrow is not None and not self.work.passes_on
         self.fresh = not (self.borrows or (options.resident and options.shuffle != "global"))
         self.mode = program.mode
         if self.mode == "auto":
@@ -128,7 +127,7 @@ class Run:
         self.num_visits = num_visits(num_rows, self.size, size, program.tail)
         self.num_rows = num_rows // size * size if program.tail == "drop" else num_rows
         # Where rows lie as they lay, a third macrobatch takes no room while it waits for its turn.
-        self.ahead = 1 if self.carries or self.fresh else 2
+        self.ahead = 1 if self.work.passes_on or self.fresh else 2
         step = self.work.plans.step
         self.rations = Rations(program, step, options, self.size, source.specs, self.traced.out)
         self.account = Account(

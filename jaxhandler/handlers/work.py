@@ -38,6 +38,7 @@ class Work:
         traced: What tracing the step of all members has shown.
         plans: The plans of a group.
         carries: What each group passes on, without key types.
+        passes_on: Whether there is anything in them.
         groups: Which members are computed at once.
         fills: Whether plans of macrobatches take as many steps as they are told.
 
@@ -78,7 +79,7 @@ class Work:
         self._out = traced.out
         self.traced = traced._replace(out=self.groups.joined_types(traced.out))
         # Until a plan has run, it is the caller's; without rows, none does.
-        self._lent, self._carries = True, bool(jax.tree.leaves(carry))
+        self._lent, self.passes_on = True, bool(jax.tree.leaves(carry))
         if program.donate and not options.dry and not jax.tree.leaves(specs)[0].shape[0]:
             self.carries = owned(self.carries)
         self.plans = Plans(program, traced.step, self._keys, pinned(self.carries[0]))
@@ -129,7 +130,7 @@ class Work:
         config: Any = jax.config
         # Settings of the calling thread that plans look at; and the user's code may not expect two.
         minded = config.jax_debug_nans or config.jax_debug_infs or self.traced.calls_host
-        count = max(len(self.groups), 1 + (side_by_side and not self._carries))
+        count = max(len(self.groups), 1 + (side_by_side and not self.passes_on))
         count = min(count, num_cores()) if self._on_cpu and not minded else 1
         self._hands = Hands(count if count > 1 else 0)
         return self._hands.close
@@ -187,6 +188,8 @@ class Work:
             for number, rows, index in given():
                 count = np.int32(visit.batches[number][0]) if pad else None
                 args = (consts, carry, rows, index, number, count)
+                if self._hands.closed:
+                    break  # The run has ended without waiting for this.
                 if len(index) != size:
                     size, plan = len(index), self.plans.batch(len(index), args)
                     start = start or time.perf_counter()

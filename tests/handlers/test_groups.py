@@ -1,6 +1,8 @@
 """Members in groups, and the hands that give the device work: nothing but the time it takes."""
 
+import signal
 import threading
+import time
 
 import hypothesis.strategies as st
 import jax
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given
 
 import jaxhandler as jh
+from jaxhandler.handlers import steps
 from jaxhandler.handlers.groups import Groups, Hands
 
 pytestmark = pytest.mark.usefixtures("compiled_soon")
@@ -237,3 +240,59 @@ def test_outputs_come_in_order_whichever_thread_is_faster():
     for _ in range(5):
         found = calculator.calc_from_host((), jnp.asarray(rows), macrobatch_size=16)
         np.testing.assert_array_equal(found, 2 * rows)
+
+
+def test_a_call_by_hand_does_not_keep_a_run_from_trying_groups():
+    many = jh.ensemble(jh.trainer(errors, optax.adam(0.1), batch_size=8), members=MEMBERS)
+    state, strategies = many.init(PARAMS, key=KEY), many.program.strategies
+    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[:8]), DATA)
+    batch = jh.Batch(rows, np.ones(8, bool), np.arange(8, dtype=np.int32))
+    jax.jit(lambda state: many.step((), state, batch))(state)
+    before = strategies.trials.stats().compiles
+    many.train(state, DATA)
+    assert strategies.trials.stats().compiles > before
+    assert len(strategies.chosen) == 1
+
+
+def test_an_interrupt_does_not_wait_for_all_batches_of_the_groups():
+    # What waits is Python, so that a macrobatch of a loop takes half a minute to hand over.
+    one = jh.trainer(errors, optax.adam(0.1), batch_size=1, mode="loop")
+    many = list(both(one, chunk=1))[1]
+    state = many.init(PARAMS, key=KEY)
+    many.train(state, {name: leaf[:2] for name, leaf in DATA.items()})
+    real, begun = Hands.submit, threading.Event()
+
+    def submit(self, number, fn, *args):
+        def tired(*args):
+            begun.set()
+            return fn(*args)
+
+        return real(self, number, tired, *args)
+
+    class Reluctant:
+        def __init__(self, plan):
+            self.plan = plan
+
+        def __call__(self, *args):
+            time.sleep(0.3)
+            return self.plan(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hands, "submit", submit)
+        patch.setattr("jaxhandler.handlers.work.num_cores", lambda: 2)
+        find = steps.Plans._find
+        patch.setattr(steps.Plans, "_find", lambda *args: Reluctant(find(*args)))
+        interrupt = threading.Thread(
+            target=lambda: begun.wait(30) and signal.raise_signal(signal.SIGINT)
+        )
+        interrupt.start()
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            many.train(state, DATA)
+        interrupt.join()
+    left = lambda: [t for t in threading.enumerate() if t.name.startswith("jaxhandler-hand")]  # noqa: E731
+    # One that was being started when the interrupt came is not waited for.
+    while left() and time.monotonic() - start < 10:
+        time.sleep(0.01)
+    assert not left()
+    assert time.monotonic() - start < 10
