@@ -12,7 +12,7 @@ of threads, and flush denormal numbers:
 - torchmb: torchmb's `BatchModule`, one fused Adam of all;
 - jit loop: JAX, one jitted step called for one member after another;
 - jit(vmap): JAX, one jitted step of all members with convolutions as they are;
-- jh auto, vmap, map, loop: `jh.batch_models` and `jh.ensemble(trainer).train`, by strategy;
+- jh auto, vmap, map, groups, loop: `jh.batch_models` and `jh.ensemble(trainer).train`, by strategy;
 - jh step: the step of the same ensemble, jitted and called in a loop by hand.
 
 Times are per call or step, of all members. `x/jh` divides x's time by that of jh auto, `auto/best`
@@ -55,8 +55,8 @@ _TASKS = ("forward", "train")
 # length is to matter as little as in an epoch.
 _STEPS = {"MLP": {1: 256, 10: 128, 100: 128}, "LeNet-5": {1: 32, 10: 32, 100: 2}}
 _SHORTEST = 0.1  # Seconds that a timing lasts: a few milliseconds would time cold caches.
-_ONLY = {"jh loop": "forward", "jh step": "train"}
-_STRATEGIES = ("jh vmap", "jh map", "jh loop")
+_ONLY = {"jh loop": "forward", "jh groups": "train", "jh step": "train"}
+_STRATEGIES = ("jh vmap", "jh map", "jh groups", "jh loop")
 
 
 def main() -> None:

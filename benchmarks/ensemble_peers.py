@@ -124,6 +124,12 @@ class _OursMap(_Ours):
     strategy = "map"
 
 
+class _OursGroups(_Ours):
+    """One group of members for each core."""
+
+    strategy = "groups"
+
+
 class _OursLoop(_Ours):
     strategy = "loop"
 
@@ -181,6 +187,7 @@ OURS: dict[str, type[Peer]] = {
     "jh auto": _Ours,
     "jh vmap": _OursVmap,
     "jh map": _OursMap,
+    "jh groups": _OursGroups,
     "jh loop": _OursLoop,
     "jh step": _OursStep,
 }
