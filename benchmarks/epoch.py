@@ -11,10 +11,10 @@ new one in every epoch. The peers, all in one process, each warmed up, on the sa
 - host: jaxhandler over NumPy arrays (`calc_from_host` and so on);
 - plain: as device, of a model with convolutions, with `fast_conv=False`.
 
-jaxhandler rewrites the convolutions of LeNet-5, which no peer does; `plain/best` says what its loop
-itself costs. And it computes macrobatches of predictions and evaluations side by side. `device/best`
-divides by the best of the three loops; `host/loop` by the one that, like it, starts from NumPy
-arrays; `device/keras` and `host/keras` by Keras.
+jaxhandler rewrites the convolutions of LeNet-5, which no peer does; `plain/best` says what its
+loop itself costs. And it computes macrobatches of predictions and evaluations side by side.
+`device/best` divides by the best of the three loops; `host/loop` by the one that, like it, starts
+from NumPy arrays; `device/keras` and `host/keras` by Keras.
 """
 
 import os
