@@ -197,7 +197,11 @@ def load(source: Source, visit: Visit, layout: Layout, *, borrow: bool = False) 
         index = (visit.start + lies).astype(np.int32)
         take = lambda lies: jax.tree.map(lambda leaf: _permute(leaf, lies), rows)  # noqa: E731
     scan = layout.scan and visit.rows == layout.size and rows is not None
-    if order is not None and not late and not (scan and layout.gather):
+    short = (number for number, (count, _) in enumerate(visit.batches) if count < size)
+    whole, spans, start = next(short, len(visit.batches)), [], 0
+    few = layout.fill and not scan and not late and 1 < whole >= len(visit.batches) - 1
+    few = few and _is_small(rows, size)
+    if order is not None and not late and not ((scan or few) and layout.gather):
         rows, order = take(order), None
     if scan and (order is None or layout.gather):
         index = index.reshape(-1, size, *index.shape[1:])
@@ -206,8 +210,6 @@ def load(source: Source, visit: Visit, layout: Layout, *, borrow: bool = False) 
         else:
             rows = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), rows)
         return Macrobatch(visit, rows, order, [], index, len(index))
-    short = (number for number, (count, _) in enumerate(visit.batches) if count < size)
-    whole, spans, start = next(short, len(visit.batches)), [], 0
     for count, _ in visit.batches:
         span: Any = slice(start, start + count)
         if layout.pad and count < size:
@@ -215,10 +217,20 @@ def load(source: Source, visit: Visit, layout: Layout, *, borrow: bool = False) 
             span = start + np.minimum(np.arange(size), count - 1)
         spans.append(span)
         start += count
-    if layout.fill and order is None and 1 < whole >= len(spans) - 1 and _is_small(rows, size):
-        cut = lambda span: jax.tree.map(lambda leaf: _rows(leaf, span), (rows, index))  # noqa: E731
-        block, numbers = jax.tree.map(lambda leaf: _filled(leaf, whole, layout), (rows, index))
-        return Macrobatch(visit, block, None, [], numbers, whole, *map(cut, spans[whole:]))
+    if few:
+        drawn = rows if order is None else order
+        tails = [
+            (jax.tree.map(lambda leaf: _rows(leaf, span), drawn), index[span])  # noqa: B023
+            for span in spans[whole:]
+        ]
+        fill = lambda leaf: _filled(leaf, layout.size)  # noqa: E731
+        steps = lambda leaf: fill(leaf).reshape(-1, size, *leaf.shape[1:])  # noqa: E731
+        if order is None:
+            block = jax.tree.map(steps, rows)
+        else:
+            block, order = jax.tree.map(fill, rows), steps(order.astype(np.int32))
+            tails = [(take(lies), numbers) for lies, numbers in tails]
+        return Macrobatch(visit, block, order, [], steps(index), whole, *tails)
     if order is not None:
         batches = (_drawn(take, order[span]) for span in spans)
     else:
@@ -300,12 +312,11 @@ def _is_small(rows: Any, size: int) -> bool:
     return size * sum(leaf[:1].nbytes for leaf in jax.tree.leaves(rows)) <= _SMALL_BATCH
 
 
-def _filled(leaf: np.ndarray, batches: int, layout: Layout) -> np.ndarray:
-    """Returns the first batches in a block as long as any, lest their number be compiled."""
-    block = aligned_empty((layout.size, *leaf.shape[1:]), leaf.dtype)
-    count = batches * layout.batch_size
-    block[:count] = leaf[:count]
-    return block.reshape(-1, layout.batch_size, *leaf.shape[1:])
+def _filled(leaf: np.ndarray, size: int) -> np.ndarray:
+    """Returns a leaf at the beginning of as many rows as any block has."""
+    block = aligned_empty((size, *leaf.shape[1:]), leaf.dtype)
+    block[: len(leaf)] = leaf
+    return block
 
 
 def _cut(leaf: Any, spans: list[Any], whole: int, size: int) -> list[Any]:

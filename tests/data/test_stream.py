@@ -40,8 +40,10 @@ def batches_seen(macrobatch):
     if block is None:
         return list(zip(macrobatch.batches, index, strict=True))
     if order is not None:
+        order = order[: macrobatch.steps]
         block = jax.tree.map(lambda leaf: np.asarray(leaf)[order], block)
     steps = range(macrobatch.steps)
+    # What lies behind the rows of a short one is anybody's.
     seen = [(jax.tree.map(operator.itemgetter(n), block), index[n]) for n in steps]
     return seen if macrobatch.tail is None else [*seen, macrobatch.tail]
 
