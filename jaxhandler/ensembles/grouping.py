@@ -34,10 +34,10 @@ def group_sizes(members: int, hands: int) -> list[int]:
 
     Example:
         >>> group_sizes(100, 2), group_sizes(10, 2), group_sizes(2, 2)
-        ([100, 50, 5], [10, 5, 2], [2, 1])
+        ([100, 50, 5], [10, 5, 1], [2, 1])
     """
     each = math.ceil(members / hands)
-    few = _FEW if each > _FEW else max(each // 2, 1)
+    few = _FEW if each > _FEW else 1
     return list(dict.fromkeys([members, each, few]))
 
 
