@@ -1,6 +1,7 @@
 """Members of an ensemble in groups, each of which goes over a macrobatch by itself."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +16,16 @@ from jaxhandler.typing import Step
 __all__ = ["Groups", "Hands", "ManyStep", "num_cores"]
 
 
-class ManyStep:
+class ManyStep(ABC):
     """A step of many members, `(consts, carry, batch) -> (carry, out)`, to be had of fewer too.
 
     Members lie on the first axis of every leaf of `consts` and of `out`.
     """
 
-    def __call__(self, consts: Any, carry: Any, batch: Any, /) -> tuple[Any, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, consts: Any, carry: Any, batch: Any, /) -> tuple[Any, Any]: ...
 
+    @abstractmethod
     def group_size(self, consts: Any, carry: Any, data: Any, hands: int) -> int:
         """Returns how many members are best computed at once, checking that all are there.
 
@@ -33,11 +35,10 @@ class ManyStep:
             data: Types of the rows of a batch.
             hands: Groups that are computed at a time.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def part(self, size: int) -> Step:
         """Returns the step of `size` of the members, the same one whenever it is asked for."""
-        raise NotImplementedError
 
 
 class Groups:
