@@ -35,7 +35,8 @@ class Strategies:
 
     A trial compiles each candidate and runs it on made-up numbers, the candidates by turns, for
     half a second at most. The shortest time wins; that of `vmap` unless another beats it by 3 %.
-    Candidates are `vmap`, a map of single members and one of about ten at a time. There is no trial
+    Candidates are `vmap`, a map of single members and one of about ten at a time; in a run on one
+    CPU instead `vmap` and groups of some sizes (see `best_group`). There is no trial
     for one member, nor for arguments of more than 256 MiB, which it would hold twice, nor for a
     function that calls the host (`pure_callback`, `io_callback`, `jax.debug.print`), which would
     hear of made-up rows, or that contains a `while_loop`, which made-up numbers may never end: then

@@ -121,10 +121,10 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
     """Folds over all rows, yielding macrobatches as they finish, one behind the device.
 
     While the device computes one macrobatch, the next is read and placed, and the one before is
-    fetched and written; so two lie on the device at most. Sources that must be read and sinks that
-    are files get a thread each, and so does waiting for the device where the loop is elsewhere
-    meanwhile. Where `run.must_settle()` is true, nothing more is begun until all that is under way
-    has finished. Closing the generator, or an exception from anywhere, ends these threads.
+    fetched and written; so two lie on the device at most, but for rows that lie there anyway.
+    Sources that must be read and sinks that are files get a thread each, and so does waiting for
+    the device where the loop is elsewhere meanwhile. Where `run.must_settle()` is true, nothing
+    more is begun until all that is under way has finished. Closing the generator, or an exception from anywhere, ends these threads.
 
     Where the device has no memory left, `run.make_do` may have less there at once: macrobatches are
     then folded part by part, from the first part on whose outputs did not come.
