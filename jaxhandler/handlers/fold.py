@@ -124,7 +124,8 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
     fetched and written; so two lie on the device at most, but for rows that lie there anyway.
     Sources that must be read and sinks that are files get a thread each, and so does waiting for
     the device where the loop is elsewhere meanwhile. Where `run.must_settle()` is true, nothing
-    more is begun until all that is under way has finished. Closing the generator, or an exception from anywhere, ends these threads.
+    more is begun until all that is under way has finished. Closing the generator, or an exception
+    from anywhere, ends these threads.
 
     Where the device has no memory left, `run.make_do` may have less there at once: macrobatches are
     then folded part by part, from the first part on whose outputs did not come.
