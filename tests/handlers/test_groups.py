@@ -282,8 +282,10 @@ def test_an_interrupt_does_not_wait_for_all_batches_of_the_groups():
         patch.setattr("jaxhandler.handlers.work.num_cores", lambda: 2)
         find = steps.Plans._find
         patch.setattr(steps.Plans, "_find", lambda *args: Reluctant(find(*args)))
+        # To the main thread, as Ctrl-C: it would sleep through what another one raises for itself.
+        main = threading.main_thread().ident
         interrupt = threading.Thread(
-            target=lambda: begun.wait(30) and signal.raise_signal(signal.SIGINT)
+            target=lambda: begun.wait(30) and signal.pthread_kill(main, signal.SIGINT)
         )
         interrupt.start()
         start = time.monotonic()
