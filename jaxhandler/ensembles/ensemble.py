@@ -129,11 +129,12 @@ def ensemble(
     )
 
     def make_step(fn: Any, **options: Any) -> Step:
-        return MembersStep(program.make_step(fn, **options), layout, strategies)
+        forms = [rewritten(fn, members=many) if fast_conv else fn for many in (True, False)]
+        one, alone = (program.make_step(form, **options) for form in forms)
+        return MembersStep(one, alone, layout, strategies)
 
     return program.build(
         program._replace(
-            fn=rewritten(program.fn, members=True) if fast_conv else program.fn,
             fast_conv=False,
             make_step=make_step,
             init=None if program.init is None else _init_of(program, members),

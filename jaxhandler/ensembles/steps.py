@@ -43,16 +43,18 @@ class MembersStep(ManyStep):
     """A step of all members, made of that of one.
 
     Args:
-        one: `one(consts, carry, batch) -> (carry, out)`.
+        one: `one(consts, carry, batch) -> (carry, out)`, as it is best for many at once.
+        alone: The same, as it is best for one by itself.
         layout: Where members are.
         strategies: Chooses how they are computed.
     """
 
-    def __init__(self, one: Step, layout: Layout, strategies: Strategies) -> None:
-        self._one, self._layout, self._strategies = one, layout, strategies
+    def __init__(self, one: Step, alone: Step, layout: Layout, strategies: Strategies) -> None:
+        self._one, self._alone = one, alone
+        self._layout, self._strategies = layout, strategies
         axis = layout.data_axis
         batch = Batch(axis, None, 1 if layout.own_order else None, None)
-        self._in_axes = 0, layout.carry_axes, batch
+        self._in_axes, self._out_axes = (0, layout.carry_axes, batch), (layout.carry_axes, 0)
         self._parts: dict[int, Step] = {}
         self._lock = threading.Lock()
 
@@ -75,7 +77,7 @@ class MembersStep(ManyStep):
         rows = len(jax.tree.leaves(data)[0])
         mask, index = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (bool, np.int32))
         args = consts, carry, Batch(data, mask, index, jax.ShapeDtypeStruct((), np.int32))
-        given = self._make, args, self._in_axes, layout.members, hands
+        given = self.part, args, self._in_axes, layout.members, hands
         return self._strategies.group(_kind(args), *given)
 
     def part(self, size: int) -> Step:
@@ -85,9 +87,11 @@ class MembersStep(ManyStep):
             return self._parts[size]
 
     def _make(self, strategy: Strategy, members: int | None = None) -> Callable[..., Any]:
-        layout, out_axes = self._layout, (self._layout.carry_axes, 0)
-        members = members or layout.members
-        return over_members(self._one, self._in_axes, out_axes, strategy, members, layout.place)
+        axes, place = (self._in_axes, self._out_axes), self._layout.place
+        members = members or self._layout.members
+        if members == 1 and place is None:
+            return over_members(self._alone, *axes, Strategy("loop"), 1)
+        return over_members(self._one, *axes, strategy, members, place)
 
     def _check(self, consts: Any, carry: Any, data: Any) -> None:
         layout = self._layout

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxhandler.ensembles.grouping import best_group
+from jaxhandler.data.sizing import device_bytes
+from jaxhandler.ensembles.grouping import best_group, group_sizes
 from jaxhandler.ensembles.strategies import Strategy
 from jaxhandler.errors import check_choice, check_count, explain
-from jaxhandler.handlers.jaxprs import convolves, primitives
+from jaxhandler.handlers.jaxprs import primitives
 from jaxhandler.handlers.shortage import is_shortage
 from jaxhandler.handlers.steps import Keys
 from jaxhandler.plans import PlanCache, compile_plan
@@ -36,12 +37,11 @@ class Strategies:
     A trial compiles each candidate and runs it on made-up numbers, the candidates by turns, for
     half a second at most. The shortest time wins; that of `vmap` unless another beats it by 3 %.
     Candidates are `vmap`, a map of single members and one of about ten at a time; in a run on one
-    CPU instead `vmap` and groups of some sizes (see `best_group`). There is no trial
-    for one member, nor for arguments of more than 256 MiB, which it would hold twice, nor for a
-    function that calls the host (`pure_callback`, `io_callback`, `jax.debug.print`), which would
-    hear of made-up rows, or that contains a `while_loop`, which made-up numbers may never end: then
-    it is `vmap`. And no convolution is tried inside a map on CPU, where XLA slows it down
-    threefold.
+    CPU groups of some sizes instead (see `best_group`). There is no trial for one member, nor of
+    arguments of more than 256 MiB, which it would hold twice, nor for a function that calls the
+    host (`pure_callback`, `io_callback`, `jax.debug.print`), which would hear of made-up rows, or
+    that contains a `while_loop`, which made-up numbers may never end: then it is `vmap`. And no
+    convolution is tried inside a map on CPU, where XLA slows it down threefold.
 
     Args:
         strategy: "auto", or one of `names`.
@@ -126,7 +126,7 @@ class Strategies:
         if not trial or members == 1:
             return _VMAP
         jaxpr = jax.make_jaxpr(make(_VMAP))(*specs)
-        if not _may_be_tried(numbers, jaxpr):
+        if device_bytes(numbers) > _LARGEST_ARGS or not _may_be_tried(jaxpr):
             self.chosen[key] = _VMAP
             return _VMAP
         names = primitives(jaxpr)
@@ -150,7 +150,7 @@ class Strategies:
     def group(
         self,
         key: Hashable,
-        make: Callable[[Strategy, int], Callable[..., Any]],
+        make: Callable[[int], Callable[..., Any]],
         args: tuple[Any, ...],
         in_axes: tuple[Any, ...],
         members: int,
@@ -160,7 +160,7 @@ class Strategies:
 
         Args:
             key: Tells kinds of steps apart.
-            make: `make(strategy, members)` gives the step of so many members.
+            make: `make(size)` gives the step of so many members, the same one each time.
             args: What the step of all will be called with: consts, carry, and what has no members.
             in_axes: Where members are in these.
             members: How many there are.
@@ -181,14 +181,12 @@ class Strategies:
         self, make: Any, args: tuple[Any, ...], in_axes: Any, members: int, hands: int
     ) -> Strategy | None:
         """Tries groups; None where nothing fits, since members one after another may still do."""
-        numbers, step = jax.eval_shape(Keys(args).strip, args), lambda size: make(_VMAP, size)
-        jaxpr = jax.make_jaxpr(step(members))(*args)
-        if members == 1 or not _may_be_tried(numbers, jaxpr):
+        if not _may_be_tried(jax.make_jaxpr(make(members))(*args)):
             return _VMAP
-        given = step, args, in_axes, members, hands, self.trials, _made_up
-        # Made-up numbers may have no square root; nobody who looks for NaN means those.
-        with jax.debug_nans(False), jax.debug_infs(False):
-            size = best_group(*given, scans=not convolves(jaxpr))
+        of_one = device_bytes(jax.eval_shape(Keys(args).strip, args)) / members
+        held = {size: of_one * min(members, size * hands) for size in group_sizes(members, hands)}
+        sizes = [size for size, needed in held.items() if needed <= _LARGEST_ARGS]
+        size = best_group(make, args, in_axes, members, hands, sizes, self.trials, _made_up)
         self.trials.clear()
         if size is None:
             return None
@@ -201,9 +199,8 @@ class Strategies:
         return found
 
 
-def _may_be_tried(numbers: Any, jaxpr: Any) -> bool:
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(numbers))
-    return size <= _LARGEST_ARGS and not jaxpr.effects and not primitives(jaxpr) & _NOT_TRIED
+def _may_be_tried(jaxpr: Any) -> bool:
+    return not jaxpr.effects and not primitives(jaxpr) & _NOT_TRIED
 
 
 def _fastest(rivals: dict[Strategy, Callable[..., Any]], args: tuple[Any, ...]) -> Strategy:

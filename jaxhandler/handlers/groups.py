@@ -94,10 +94,11 @@ class Groups:
         structure = jax.tree.structure(carries[0])
         axes = leaf_axes(self._carry_axes, carries[0])
         columns = zip(*map(jax.tree.leaves, carries), strict=True)
-        return structure.unflatten(
-            column[0] if axis is None else jax.device_put(self._joined(axis, *column))
+        leaves = [
+            column[0] if axis is None else self._joined(axis, *column)
             for axis, column in zip(axes, columns, strict=True)
-        )
+        ]
+        return structure.unflatten(jax.device_put(leaves))
 
     def joined_outputs(self, pieces: list[list[Any] | None]) -> list[Any] | None:
         """Returns the outputs of a macrobatch of all members, from those of each group."""

@@ -15,6 +15,7 @@ from jaxhandler.handlers.outputs import Outputs, output_pieces
 from jaxhandler.handlers.parts import Part, Share
 from jaxhandler.handlers.program import Program
 from jaxhandler.handlers.steps import Keys, Plans, Traced, trace_step
+from jaxhandler.plans import signature
 from jaxhandler.trees import is_key
 from jaxhandler.typing import Step
 
@@ -37,8 +38,7 @@ class Work:
     Attributes:
         traced: What tracing the step of all members has shown.
         plans: The plans of a group.
-        carries: What each group passes on, without key types.
-        passes_on: Whether there is anything in them.
+        passes_on: Whether there is anything in the carry.
         groups: Which members are computed at once.
         fills: Whether plans of macrobatches take as many steps as they are told.
 
@@ -71,7 +71,10 @@ class Work:
         if apart and isinstance(step, ManyStep):
             lead = program.batch_shape(rows)
             struct = lambda spec: jax.ShapeDtypeStruct((*lead, *spec.shape[1:]), spec.dtype)  # noqa: E731
-            size = step.group_size(consts, carry, jax.tree.map(struct, specs), num_cores())
+            data, hands = jax.tree.map(struct, specs), num_cores()
+            # Among the traces, since trying groups is part of what a run takes to compile.
+            key = "group", step, signature((consts, carry, data)), hands
+            size = program.traces.get(key, lambda: step.group_size(consts, carry, data, hands))
         axis = 0 if program.outputs == "rows" else 1
         self.groups = Groups(program.members or 1, size, program.carry_axes, axis)
         self.consts, self.carries = self.groups.cut(consts, self._keys.strip(carry))
@@ -104,9 +107,20 @@ class Work:
             self.plans = Plans(self._program, step, self._keys, self.plans.out_shardings)
 
     @property
+    def carries(self) -> list[Any]:
+        """What each group passes on, as it is now, without key types."""
+        return self._carries
+
+    @carries.setter
+    def carries(self, carries: list[Any]) -> None:
+        self._carries, self._joined = carries, None
+
+    @property
     def carry(self) -> Any:
         """What the step passes on, as it is now, of all members."""
-        return self._keys.wrap(self.groups.joined_carry(self.carries))
+        if self._joined is None:
+            self._joined = self.groups.joined_carry(self.carries)
+        return self._keys.wrap(self._joined)
 
     def apart(self, carry: Any) -> list[Any]:
         """Returns a carry of all members, such as an earlier run has left, group by group."""

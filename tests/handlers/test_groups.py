@@ -126,6 +126,15 @@ def test_one_plan_fits_all_groups_and_none_is_left_for_a_second_run():
     assert many.train_from_host(state, DATA, macrobatch_size=24)[1].report.compiles == 0
 
 
+def test_members_are_joined_once_however_many_look_at_them():
+    many = list(both(jh.trainer(errors, optax.adam(0.1), batch_size=8)))[1]
+    real, joined = Groups.joined_carry, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Groups, "joined_carry", lambda *args: joined.append(1) or real(*args))
+        many.train_from_host(many.init(PARAMS, key=KEY), DATA, macrobatch_size=24)
+    assert len(joined) == 1
+
+
 def test_callbacks_see_the_state_of_all_members():
     many = list(both(jh.trainer(errors, optax.adam(0.1), batch_size=8)))[1]
     seen = []
