@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxhandler.handlers.groups import as_here
 from jaxhandler.handlers.jaxprs import convolves
 from jaxhandler.handlers.shortage import is_shortage
 from jaxhandler.handlers.steps import Keys
 from jaxhandler.plans import PlanCache, compile_plan
-from jaxhandler.trees import leaf_axes
+from jaxhandler.trees import is_key, leaf_axes
 
 __all__ = ["best_group", "group_sizes"]
 
@@ -90,7 +91,7 @@ def best_group(
             # What stays far behind costs the most time, and is not worth it.
             best = min(rival.seconds for rival in rivals)
             rivals = [rival for rival in rivals if rival.seconds <= _HOPELESS * best]
-            if time.perf_counter() > stop:
+            if len(rivals) == 1 or time.perf_counter() > stop:
                 break
     return max(rival.size for rival in rivals if _MARGIN * rival.seconds <= best)
 
@@ -150,7 +151,7 @@ class _Rival:
         """Takes so many steps with a group in each thread."""
         start = time.perf_counter()
         try:
-            list(self._pool.map(self._go, self._groups))
+            list(self._pool.map(as_here(self._go), self._groups))
         except jax.errors.JaxRuntimeError as error:
             if not is_shortage(error):
                 raise
@@ -179,9 +180,13 @@ def _of_numbers(step: Callable[..., Any], keys: Keys, of_carry: Keys) -> Callabl
 
     def run(consts: Any, carry: Any, batch: Any) -> tuple[Any, Any]:
         carry, out = step(*keys.wrap((consts, carry, batch)))
-        return of_carry.strip(carry), out
+        return of_carry.strip(carry), jax.tree.map(_number, out)
 
     return run
+
+
+def _number(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
 def _many(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -189,13 +194,8 @@ def _many(step: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(consts: Any, carry: Any, batch: Any, count: Any) -> tuple[Any, Any]:
         _, out = jax.eval_shape(step, consts, carry, batch)
-        keys = Keys(out)
-        nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(keys.strip, out))
-
-        def body(_: Any, state: Any) -> tuple[Any, Any]:
-            carry, out = step(consts, state[0], batch)
-            return carry, keys.strip(out)
-
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), out)
+        body = lambda _, state: step(consts, state[0], batch)  # noqa: E731
         return jax.lax.fori_loop(0, count, body, (carry, nothing))
 
     return run

@@ -73,7 +73,6 @@ class Strategies:
         self.trials = PlanCache()
         self.chosen: dict[Hashable, Strategy] = {}
         self._adopted: dict[str, Strategy] = {}
-        self._grouped: set[Hashable] = set()
 
     def known(self) -> dict[str, list[Any]]:
         """Returns what was chosen, as JSON has it."""
@@ -166,14 +165,15 @@ class Strategies:
             members: How many there are.
             hands: Groups that are computed at a time.
         """
-        if self._pinned is None and key not in self._grouped:
-            # Whatever one call chose, it knew of no groups.
-            found = self._adopted.get(str(key)) or self._tried(make, args, in_axes, members, hands)
-            self._grouped.add(key)
-            if found is not None:
-                self.chosen[key] = found
-        found = self._pinned or self.chosen.get(key, _VMAP)
+        found = self._pinned or self._known(("groups", key))
+        if found is None:
+            found = self._tried(make, args, in_axes, members, hands)
+            if found is None:
+                return members
+            self.chosen["groups", key] = found
         if found.name != "groups":
+            # One call of all members need not be tried again.
+            self.chosen.setdefault(key, found)
             return members
         return min(found.chunk or math.ceil(members / hands), members)
 

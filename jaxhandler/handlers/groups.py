@@ -10,10 +10,10 @@ import numpy as np
 
 from jaxhandler.data.buffers import aligned_empty
 from jaxhandler.data.stream import Lane
-from jaxhandler.trees import leaf_axes
+from jaxhandler.trees import is_key, leaf_axes
 from jaxhandler.typing import Step
 
-__all__ = ["Groups", "Hands", "ManyStep", "num_cores"]
+__all__ = ["Groups", "Hands", "ManyStep", "as_here", "num_cores"]
 
 
 class ManyStep(ABC):
@@ -128,7 +128,10 @@ class Groups:
         before = (slice(None),) * (axis % leaf.ndim)
         return [leaf[(*before, part)] for part in self._parts]
 
-    def _joined(self, axis: int, *column: Any) -> np.ndarray:
+    def _joined(self, axis: int, *column: Any) -> Any:
+        if is_key(column[0]):
+            numbers = self._joined(axis, *map(jax.random.key_data, column))
+            return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(column[0]))
         arrays = [np.asarray(leaf) for leaf in column]
         if self._overlap:
             before = (slice(None),) * (axis % arrays[-1].ndim)
@@ -162,13 +165,42 @@ class Hands:
         Returns:
             A function that waits for the result or raises its error.
         """
-        return self._lanes[number % len(self._lanes)].submit(fn, *args)
+        return self._lanes[number % len(self._lanes)].submit(as_here(fn), *args)
 
     def close(self) -> None:
         """Ends the threads; calls that have begun may look at `closed`, and leave."""
         self.closed = True
         for lane in self._lanes:
             lane.close()
+
+
+def as_here(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that calls plans of this thread in another one.
+
+    Threads that begin inside `with jax.enable_x64(True)` do not know of it, and plans look.
+
+    Args:
+        fn: What calls them.
+
+    Example:
+        >>> import threading
+        >>> with jax.enable_x64(True):
+        ...     wide = as_here(lambda: print(jax.config.jax_enable_x64))
+        >>> thread = threading.Thread(target=wide)
+        >>> thread.start(), thread.join()
+        True
+        (None, None)
+    """
+    config: Any = jax.config
+    wide = config.jax_enable_x64
+
+    def run(*args: Any) -> Any:
+        if config.jax_enable_x64 == wide:
+            return fn(*args)
+        with jax.enable_x64(wide):
+            return fn(*args)
+
+    return run
 
 
 def num_cores() -> int:

@@ -82,7 +82,7 @@ def output_pieces(
         else:
             add = lambda block, *steps: np.concatenate([block[:scanned], np.stack(steps)])  # noqa: E731
             packed = jax.tree.map(add, *host)
-        return [_unpack(packed, specs)]
+        return [_unpack(packed, specs, program.member_place is None)]
     axis = program.row_axis
     if scanned:
         return [jax.tree.map(lambda leaf: _flatten(leaf, axis), outs[0])]
@@ -96,13 +96,15 @@ def output_pieces(
     ]
 
 
-def pack(out: Any) -> list[jax.Array]:
+def pack(out: Any, *, together: bool = True) -> list[jax.Array]:
     """Returns the leaves of one step's output as one vector per dtype.
 
     Each array that leaves a plan costs a microsecond and a half to make, and as long to fetch.
 
     Args:
         out: A tree of arrays, mostly scalars.
+        together: Whether leaves may lie in one vector; those of members on several devices would
+            have to be gathered first.
 
     Example:
         >>> import jax.numpy as jnp
@@ -111,15 +113,16 @@ def pack(out: Any) -> list[jax.Array]:
     """
     leaves = jax.tree.leaves(out)
     return [
-        jnp.concatenate([leaves[place].ravel() for place in places]) for places in _groups(leaves)
+        jnp.concatenate([leaves[place].ravel() for place in places])
+        for places in _groups(leaves, together)
     ]
 
 
-def _unpack(packed: list[np.ndarray], specs: Any) -> Any:
+def _unpack(packed: list[np.ndarray], specs: Any, together: bool) -> Any:
     """Returns the tree that was packed, leaves `[S, ...]`, from vectors `[S, K]`."""
     leaves, structure = jax.tree.flatten(specs)
     found: dict[int, np.ndarray] = {}
-    for vectors, places in zip(packed, _groups(leaves), strict=True):
+    for vectors, places in zip(packed, _groups(leaves, together), strict=True):
         start = 0
         for place in places:
             spec = leaves[place]
@@ -128,8 +131,10 @@ def _unpack(packed: list[np.ndarray], specs: Any) -> Any:
     return structure.unflatten(found[place] for place in range(len(leaves)))
 
 
-def _groups(leaves: list[Any]) -> list[list[int]]:
-    """Returns the places of the leaves of each dtype."""
+def _groups(leaves: list[Any], together: bool) -> list[list[int]]:
+    """Returns the places of the leaves of each dtype, or of each leaf by itself."""
+    if not together:
+        return [[place] for place in range(len(leaves))]
     groups: dict[Any, list[int]] = {}
     for place, leaf in enumerate(leaves):
         groups.setdefault(leaf.dtype, []).append(place)

@@ -162,7 +162,9 @@ class Plans:
         if self.program.outputs is None:
             # Something must say when a plan has run.
             return carry, jnp.zeros((), bool)
-        return carry, pack(out) if self.program.outputs == "steps" else out
+        if self.program.outputs == "steps":
+            out = pack(out, together=self.program.member_place is None)
+        return carry, out
 
     def _ended(self, carry: Any, out: Any) -> tuple[Any, Any]:
         # A definite dtype: weakly typed, it would be another signature to the next call.

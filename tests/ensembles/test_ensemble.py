@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxhandler as jh
+from jaxhandler.handlers import steps
 from jaxhandler.typing import Batch
 
 pytestmark = pytest.mark.usefixtures("compiled_soon")
@@ -339,6 +340,34 @@ def test_members_on_several_devices_train_as_on_one(members, axis_type):
     )
     together = np.stack([apply_fn(params_of(i), X) for i in range(members)])
     close(calc.calc_from_host(params, X, macrobatch_size=24), together)
+
+
+@four_devices
+def test_no_plan_of_members_on_several_devices_gathers_anything(monkeypatch):
+    plans, compile_plan = [], steps.compile_plan
+
+    def remember(*args, **options):
+        plans.append(compile_plan(*args, **options))
+        return plans[-1]
+
+    monkeypatch.setattr(steps, "compile_plan", remember)
+    mesh = jax.make_mesh((2,), ("members",), devices=jax.devices()[:2])
+    sharding = NamedSharding(mesh, PartitionSpec("members"))
+    params = jax.tree.map(lambda *leaves: np.stack(leaves), *map(params_of, range(4)))
+    for mode in ("scan", "loop"):
+        tr, calc, val = (
+            jh.ensemble(one, members=4, strategy="vmap", sharding=sharding)
+            for one in (
+                jh.trainer(errors, OPTIMIZER, batch_size=8, mode=mode),
+                jh.calculator(apply_fn, batch_size=8, mode=mode),
+                jh.validator({"error": errors}, batch_size=8, mode=mode),
+            )
+        )
+        tr.train_from_host(tr.init(params, key=KEY), DATA, macrobatch_size=24)
+        calc.calc_from_host(params, X, macrobatch_size=24)
+        val.validate_from_host(params, DATA, macrobatch_size=24)
+    assert len(plans) >= 6
+    assert not [text for text in (plan.as_text() for plan in plans) if "all-gather" in text]
 
 
 def test_memory_is_planned_for_all_members():

@@ -378,14 +378,14 @@ def assert_member(tree: Any, member: int, expected: Any) -> None:
 def check_training(
     name: str,
     optimizer: optax.GradientTransformation = OPTIMIZER,
-    strategy: str = "vmap",
+    **strategy: Any,
 ) -> tuple[Any, Any]:
     """Compares a run of the ensemble with a run of each member; gives params before and after."""
     model, params, state, x, _ = members_of(name)
     one = jh.trainer(
         loss_of(model), optimizer, has_state=True, has_key=True, batch_size=ROWS, mode="loop"
     )
-    many = jh.ensemble(one, members=MEMBERS, strategy=strategy)
+    many = jh.ensemble(one, members=MEMBERS, **(strategy or {"strategy": "vmap"}))
     start = many.init(jh.stack(params), model_state=jh.stack(state), key=KEY)
     end, info = many.train_from_host(start, x, shuffle=None)
     step, init = single_step(name, optimizer), jax.jit(optimizer.init)
@@ -438,9 +438,10 @@ def test_members_learn_what_they_would_by_themselves(name: str) -> None:
     check_training(name)
 
 
+@pytest.mark.parametrize("strategy", ["map", "groups"])
 @pytest.mark.parametrize("name", ["dropout", "conv_strided", "lstm", "resnet_block"])
-def test_members_learn_the_same_one_after_another(name: str) -> None:
-    check_training(name, strategy="map")
+def test_members_learn_the_same_one_after_another(name: str, strategy: str) -> None:
+    check_training(name, strategy=strategy, chunk=1)
 
 
 def is_frozen(params: Any) -> Any:

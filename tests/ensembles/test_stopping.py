@@ -29,9 +29,14 @@ def stacked(members=4):
     return {"w": jnp.asarray(RNG.normal(size=(members, 3, 2)).astype(np.float32))}
 
 
-def ensemble(members=4, optimizer=None, **options):
+VMAP = {"strategy": "vmap"}
+each_way = pytest.mark.parametrize("how", [VMAP, {"chunk": 1}, {"chunk": 3}])
+
+
+def ensemble(members=4, optimizer=None, how=VMAP, **options):
     one = jh.trainer(loss_fn, optimizer or optax.adam(0.05), batch_size=8, **options)
-    many = jh.ensemble(one, members=members, strategy="vmap")
+    how = {"strategy": "groups", **how}
+    many = jh.ensemble(one, members=members, **how)
     return many, many.init(stacked(members), key=KEY)
 
 
@@ -50,9 +55,10 @@ def same(a, b, members):
 # Stopped members.
 
 
+@each_way
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_stopped_member_stays_bit_constant_under_any_optimiser(name):
-    many, state = ensemble(optimizer=OPTIMIZERS[name])
+def test_a_stopped_member_stays_bit_constant_under_any_optimiser(name, how):
+    many, state = ensemble(optimizer=OPTIMIZERS[name], how=how)
     state, _ = many.train(state, X)
     stopped = state._replace(active=jnp.array([True, False, True, False]))
     after, info = many.train(stopped, X, epochs=2)
@@ -99,11 +105,11 @@ def test_a_stopped_member_may_be_as_infinite_as_it_likes():
 # Members that explode.
 
 
-def test_an_exploding_member_freezes_and_the_others_are_bit_unchanged():
-    many, state = ensemble(optimizer=optax.inject_hyperparams(optax.sgd)(learning_rate=0.01))
-    freezing, _ = ensemble(
-        optimizer=optax.inject_hyperparams(optax.sgd)(learning_rate=0.01), on_nonfinite="freeze"
-    )
+@each_way
+def test_an_exploding_member_freezes_and_the_others_are_bit_unchanged(how):
+    optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.01)
+    many, state = ensemble(optimizer=optimizer, how=how)
+    freezing, _ = ensemble(optimizer=optimizer, how=how, on_nonfinite="freeze")
     rates = jnp.array([0.01, 1e30, 0.02, 0.03])
     calm = state._replace(
         opt_state=optax.tree.set(state.opt_state, learning_rate=rates.at[1].set(0.01))
@@ -236,15 +242,16 @@ def test_early_stopping_refuses_what_makes_no_sense():
 # Successive halving.
 
 
-def test_the_best_members_go_on_as_if_alone_with_plans_in_the_same_cache():
+@pytest.mark.parametrize("how", [VMAP, {"strategy": "groups", "chunk": 1}, {}])
+def test_the_best_members_go_on_as_if_alone_with_plans_in_the_same_cache(how):
     one = jh.trainer(loss_fn, optax.adam(0.05), batch_size=8)
-    many = jh.ensemble(one, members=4, strategy="vmap")
+    many = jh.ensemble(one, members=4, **how)
     state = many.init(stacked(), key=KEY)
     state, _ = many.train(state, X)
     scores = [0.3, 0.1, np.nan, 0.2]
     small, kept = jh.halve(state, scores, keep=2)
     np.testing.assert_array_equal(kept, [1, 3])
-    few = jh.ensemble(one, members=2, strategy="vmap")
+    few = jh.ensemble(one, members=2, **how)
     before = one.program.plans.stats().size
     small, few_info = few.train(small, X)
     assert one.program.plans.stats().size == before + few_info.report.compiles

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 
 import jaxhandler as jh
+from jaxhandler.ensembles.strategies import Strategy
 from jaxhandler.handlers import steps
 from jaxhandler.handlers.groups import Groups, Hands
 
@@ -260,7 +261,85 @@ def test_a_call_by_hand_does_not_keep_a_run_from_trying_groups():
     before = strategies.trials.stats().compiles
     many.train(state, DATA)
     assert strategies.trials.stats().compiles > before
-    assert len(strategies.chosen) == 1
+    assert len(strategies.chosen) == 2
+
+
+def test_a_run_in_groups_does_not_keep_a_call_by_hand_from_a_trial():
+    many = jh.ensemble(jh.trainer(errors, optax.adam(0.1), batch_size=8), members=MEMBERS)
+    state, strategies = many.init(PARAMS, key=KEY), many.program.strategies
+    (name, kind), chosen = ("groups", "kind"), Strategy("groups", 2)
+    strategies.adopt({str((name, kind)): list(chosen)})
+    assert strategies.group(kind, *[None] * 3, MEMBERS, 2) == 2
+    assert strategies.chosen == {(name, kind): chosen}
+    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[:8]), DATA)
+    batch = jh.Batch(rows, np.ones(8, bool), np.arange(8, dtype=np.int32))
+    jax.jit(lambda state: many.step((), state, batch))(state)
+    assert strategies.trials.stats().compiles >= 2
+
+
+@pytest.mark.parametrize("how", [{}, {"strategy": "groups", "chunk": 2}])
+def test_random_keys_that_a_step_gives_are_joined_as_keys(how):
+    def step(carry, rows):
+        return {"key": jax.random.fold_in(carry["key"], 1)}, jax.random.split(carry["key"], 8)
+
+    one, carry = jh.handler(step, batch_size=8), {"key": jax.random.split(KEY, MEMBERS)}
+    expected, found = (
+        jh.ensemble(one, members=MEMBERS, **how).handle(carry, X[:72])
+        for how in ({"strategy": "vmap"}, how)
+    )
+    assert found[1].shape == (MEMBERS, 72)
+    jax.tree.map(np.testing.assert_array_equal, bare(found), bare(expected))
+
+
+def test_settings_of_the_calling_thread_hold_for_all_that_hands_compute():
+    wide = {name: leaf.astype(np.float64) for name, leaf in PARAMS.items()}
+    data = {name: leaf.astype(np.float64) for name, leaf in DATA.items()}
+    with jax.enable_x64(True):
+        for how in ({}, {"strategy": "groups", "chunk": 2}):
+            many = jh.ensemble(
+                jh.trainer(errors, optax.sgd(0.1), batch_size=8), members=MEMBERS, **how
+            )
+            state, info = many.train(many.init(wide, key=KEY), data)
+            assert state.params["w"].dtype == info.losses.dtype == np.float64
+        calculator = jh.calculator(lambda w, x: x @ w, batch_size=8, mode="scan")
+        found = calculator.calc_from_host(np.ones(5), data["x"], macrobatch_size=16)
+    np.testing.assert_allclose(found, data["x"].sum(axis=1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize("options", [{"accumulate": 2}, {"on_nonfinite": "skip"}])
+def test_all_that_a_state_may_hold_is_trained_in_groups(options, chunk):
+    def loss_fn(params, model_state, batch, *, key):
+        losses = dropout_loss(params["net"], batch, key=key) * params["sign"]
+        seen = {**model_state, "count": model_state["count"] + 1, "mean": losses.mean()}
+        return losses, seen
+
+    optimizer = optax.partition(
+        {True: optax.inject_hyperparams(optax.adam)(0.01), False: optax.set_to_zero()},
+        lambda params: jax.tree.map(lambda leaf: leaf.ndim > 0, params),
+    )
+    one = jh.trainer(loss_fn, optimizer, batch_size=8, has_state=True, has_key=True, **options)
+    params = {"net": PARAMS, "sign": np.ones(MEMBERS, np.float32)}
+    model_state = {
+        "count": np.arange(MEMBERS, dtype=np.int32),
+        "mean": np.zeros(MEMBERS, np.float32),
+        "key": jax.random.split(KEY, MEMBERS),
+        "on": np.arange(MEMBERS) % 2 == 0,
+        "none": {},
+    }
+    found = [
+        many.train(many.init(params, key=KEY, model_state=model_state), DATA, epochs=2)
+        for many in both(one, chunk)
+    ]
+    (state, info), (other, other_info) = found
+    close(bare(state), bare(other))
+    close(info.losses, other_info.losses)
+
+
+def test_rows_that_fill_up_a_batch_are_no_part_of_a_group_either():
+    one = jh.trainer(errors, optax.adam(0.01), batch_size=8, tail="pad")
+    states = [many.train(many.init(PARAMS, key=KEY), DATA)[0] for many in both(one, 1)]
+    close(*map(bare, states))
 
 
 def test_an_interrupt_does_not_wait_for_all_batches_of_the_groups():
