@@ -12,6 +12,7 @@ from jaxhandler.data.order import Visit
 from jaxhandler.data.sinks import FileSink, Sink
 from jaxhandler.data.sources import Source
 from jaxhandler.data.stream import Lane
+from jaxhandler.handlers.groups import num_cores
 from jaxhandler.handlers.options import Options
 from jaxhandler.handlers.outputs import added, join
 from jaxhandler.handlers.parts import Mark
@@ -145,7 +146,8 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
     """
     options, program = run.options, run.program
     # Threads pay where something waits for a disk; rows in memory are there already, or soon.
-    reader = Lane("jaxhandler-read" if options.read_ahead and not run.at_hand else None)
+    reads = bool(options.read_ahead) and not run.at_hand
+    reader = Lane("jaxhandler-read" if reads else None)
     writer = Lane("jaxhandler-write" if isinstance(sink, FileSink) else None)
     calls = options.on_macrobatch_start or options.on_macrobatch_finish or program.on_batch_finish
     late = calls or isinstance(sink, FileSink) or not (run.at_hand or options.resident)
@@ -236,8 +238,9 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
         abort.callback(drop)
         cleanup.callback(run.watch.close)
         # XLA computes in turn what one thread hands it: a macrobatch that needs no other one comes
-        # from another thread than the one before, and they are computed side by side.
-        alternating = run.mode == "scan" and run.total_visits > 1
+        # from another thread than the one before, and they are computed side by side; but not on
+        # the core that reads.
+        alternating = run.mode == "scan" and run.total_visits > 1 and num_cores() > 1 + reads
         cleanup.callback(run.work.open_hands(side_by_side=alternating))
         cleanup.callback(writer.close)
         cleanup.callback(reader.close)

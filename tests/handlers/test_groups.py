@@ -197,7 +197,7 @@ def test_members_with_rows_or_orders_of_their_own_are_computed_at_once():
 # Macrobatches of a run that passes nothing on.
 
 
-def hands_of(run):
+def hands_of(run, cores=2):
     """The names of the threads that a run's work came from."""
     names, submit = set(), Hands.submit
 
@@ -210,16 +210,23 @@ def hands_of(run):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Hands, "submit", noted)
-        patch.setattr("jaxhandler.handlers.work.num_cores", lambda: 2)
+        patch.setattr("jaxhandler.handlers.work.num_cores", lambda: cores)
+        patch.setattr("jaxhandler.handlers.fold.num_cores", lambda: cores)
         run()
     return {name.split("_")[0] for name in names}
 
 
-def test_macrobatches_of_predictions_come_from_two_threads_and_those_of_training_from_one():
+def test_macrobatches_of_predictions_come_from_two_threads_where_none_reads(tmp_path):
     rows = jnp.asarray(X)
     calculator = jh.calculator(lambda w, x: x @ w, batch_size=8, mode="scan")
     predict = lambda: calculator.calc_from_host(jnp.ones(5), rows, macrobatch_size=24)  # noqa: E731
     assert hands_of(predict) == {"jaxhandler-hand-0", "jaxhandler-hand-1"}
+    np.save(tmp_path / "x.npy", np.tile(X, (400, 1)))
+    reading = lambda: calculator.calc_from_host(  # noqa: E731
+        jnp.ones(5), tmp_path / "x.npy", macrobatch_size=2**14
+    )
+    assert hands_of(reading) == {"MainThread"}
+    assert hands_of(reading, cores=3) == {"jaxhandler-hand-0", "jaxhandler-hand-1"}
     trainer = jh.trainer(lambda w, x: x @ w, optax.sgd(0.1), batch_size=8)
     state = trainer.init(jnp.ones(5), key=KEY)
     train = lambda: trainer.train_from_host(state, rows, macrobatch_size=24)  # noqa: E731
@@ -370,11 +377,16 @@ def test_an_interrupt_does_not_wait_for_all_batches_of_the_groups():
         patch.setattr("jaxhandler.handlers.work.num_cores", lambda: 2)
         find = steps.Plans._find
         patch.setattr(steps.Plans, "_find", lambda *args: Reluctant(find(*args)))
-        # To the main thread, as Ctrl-C: it would sleep through what another one raises for itself.
         main = threading.main_thread().ident
-        interrupt = threading.Thread(
-            target=lambda: begun.wait(30) and signal.pthread_kill(main, signal.SIGINT)
-        )
+
+        def press():
+            assert begun.wait(30)
+            # Python sleeps through a signal that comes while it is about to wait.
+            time.sleep(0.5)
+            # As Ctrl-C does it: a thread that raises it for itself does not wake the main one.
+            signal.pthread_kill(main, signal.SIGINT)
+
+        interrupt = threading.Thread(target=press)
         interrupt.start()
         start = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
