@@ -307,7 +307,8 @@ def test_trials_are_counted_apart_and_their_choice_holds_for_the_tail():
     many, state = training(tr)
     _, info = many.train_from_host(state, DATA, macrobatch_size=24)
     assert info.report.compiles == 2
-    assert len(many.program.strategies.chosen) == 1
+    chosen = [kind for kind in many.program.strategies.chosen if kind[0] == "groups"]
+    assert len(chosen) == 1
     assert many.program.strategies.trials.stats().compiles >= 2
 
 
