@@ -19,6 +19,7 @@ from jaxhandler.handlers.handler import Handler as Handler
 from jaxhandler.handlers.handler import handler as handler
 from jaxhandler.handlers.trainer import Trainer as Trainer
 from jaxhandler.handlers.trainer import trainer as trainer
+from jaxhandler.handlers.training import StepInfo as StepInfo
 from jaxhandler.handlers.training import TrainInfo as TrainInfo
 from jaxhandler.handlers.training import TrainState as TrainState
 from jaxhandler.handlers.validator import Validator as Validator
@@ -205,6 +206,7 @@ __all__ = [
     "Runtime",
     "SealedError",
     "Source",
+    "StepInfo",
     "StoppingState",
     "TrainInfo",
     "TrainState",

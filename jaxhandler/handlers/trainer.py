@@ -17,7 +17,13 @@ from jaxhandler.handlers.means import merged
 from jaxhandler.handlers.options import Options
 from jaxhandler.handlers.program import Program, check_builder
 from jaxhandler.handlers.signatures import check_call
-from jaxhandler.handlers.training import TrainInfo, TrainState, init_state, make_train_step
+from jaxhandler.handlers.training import (
+    StepInfo,
+    TrainInfo,
+    TrainState,
+    init_state,
+    make_train_step,
+)
 from jaxhandler.handlers.validator import check_rows
 from jaxhandler.plans import PlanCache
 from jaxhandler.typing import Callback, Placement, Step
@@ -208,10 +214,10 @@ class Trainer(Handler):
         lookout = Lookout(self.on_nonfinite, source)
         result = self._fold(step, (), state, source, options, on_finished=lookout.look)
         lookout.end()
-        info: TrainInfo = result.outputs
+        told: StepInfo = result.outputs
         if self.program.members is not None:
-            info = jax.tree.map(lambda leaf: np.moveaxis(leaf, 0, 1), info)
-        return result.carry, info._replace(report=result.report)
+            told = StepInfo(np.moveaxis(told.numbers, 0, 1))
+        return result.carry, TrainInfo(told.total, told.count, told.finite, result.report)
 
 
 def check_state(state: object, argument: str = "state") -> None:

@@ -16,6 +16,7 @@ from jaxhandler.trees import is_key, leaves_with_paths
 from jaxhandler.typing import Batch, Mean, RunReport, Step
 
 __all__ = [
+    "StepInfo",
     "TrainInfo",
     "TrainState",
     "as_key",
@@ -57,6 +58,38 @@ class TrainState(NamedTuple):
     step: Any
     epoch: Any
     active: Any
+
+
+class StepInfo(NamedTuple):
+    """What happened in one step, or in several, in a single array.
+
+    An array that leaves a plan costs more than what a small step tells takes to compute.
+
+    Attributes:
+        numbers: `[..., 3]`, of the loss's dtype: its total, its count, and 1 where all was finite.
+
+    Example:
+        >>> info = StepInfo(np.array([6.0, 3.0, 1.0]))
+        >>> float(info.total), float(info.count), bool(info.finite)
+        (6.0, 3.0, True)
+    """
+
+    numbers: Any
+
+    @property
+    def total(self) -> Any:
+        """`[...]`, the sum of the loss over the step's rows (or its `Mean`'s total)."""
+        return self.numbers[..., 0]
+
+    @property
+    def count(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`[...]`, what to divide it by."""
+        return self.numbers[..., 1]
+
+    @property
+    def finite(self) -> Any:
+        """`[...]` bool; see `TrainInfo`."""
+        return self.numbers[..., 2] != 0
 
 
 class TrainInfo(NamedTuple):
@@ -159,7 +192,7 @@ def make_train_step(
     pad: bool,
     stops: bool,
 ) -> Step:
-    """Builds `step((), state, batch) -> (state, TrainInfo)` of one loss and optimiser.
+    """Builds `step((), state, batch) -> (state, StepInfo)` of one loss and optimiser.
 
     With `stops` it leaves a state that is not `active` as it is, whatever the optimiser would do.
     """
@@ -237,7 +270,7 @@ def make_train_step(
         divide = lambda leaf: leaf / jnp.maximum(mean.count, 1).astype(leaf.dtype)  # noqa: E731
         return mean, model_state, jax.tree.map(divide, total)
 
-    def step(consts: Any, state: TrainState, batch: Batch) -> tuple[TrainState, TrainInfo]:
+    def step(consts: Any, state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
         key = jax.random.fold_in(state.key, state.step) if has_key else None
         compute = whole if accumulate == 1 else in_pieces
         mean, model_state, grads = compute(state, batch, key)
@@ -276,7 +309,9 @@ def make_train_step(
         if stops:
             # What does not train any more need not be looked at.
             finite |= ~was_active
-        return state, TrainInfo(mean.total, mean.count, finite, report=())  # pyright: ignore[reportArgumentType]
+        dtype = np.promote_types(mean.total.dtype, mean.count.dtype)
+        numbers = [number.astype(dtype) for number in (mean.total, mean.count, finite)]
+        return state, StepInfo(jnp.stack(numbers))
 
     return step
 

@@ -254,7 +254,8 @@ def test_the_best_members_go_on_as_if_alone_with_plans_in_the_same_cache(how):
     small, few_info = few.train(small, X)
     assert one.program.plans.stats().size == before + few_info.report.compiles
     all_on, _ = many.train(state, X)
-    np.testing.assert_allclose(small.params["w"], all_on.params["w"][kept], rtol=1e-6)
+    # Two and four members may be computed in different ways, which round differently.
+    np.testing.assert_allclose(small.params["w"], all_on.params["w"][kept], rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(small.step, all_on.step[kept])
 
 

@@ -372,3 +372,18 @@ def test_a_train_step_works_inside_the_callers_own_jit():
     state, info = jax.jit(tr.step)((), start(tr), batch)
     assert int(state.step) == 1
     assert bool(info.finite)
+
+
+def test_a_step_by_hand_tells_its_total_count_and_finiteness_in_one_array():
+    def loss_fn(params, batch):
+        return jh.Mean((params * batch).sum(), jnp.asarray(3.0))
+
+    tr = jh.trainer(loss_fn, optax.sgd(0.1), batch_size=4)
+    state = tr.init(jnp.float32(2), key=jax.random.key(0))
+    batch = jh.Batch(jnp.ones(4), jnp.ones(4, bool), jnp.arange(4))
+    _, info = jax.jit(tr.step)((), state, batch)
+    assert len(jax.tree.leaves(info)) == 1
+    assert (float(info.total), float(info.count), bool(info.finite)) == (8.0, 3.0, True)
+    _, broken = jax.jit(tr.step)((), state, batch._replace(data=jnp.full(4, jnp.nan)))
+    assert np.isnan(broken.total)
+    assert not broken.finite
