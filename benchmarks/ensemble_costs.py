@@ -53,7 +53,7 @@ Run = Callable[[], Any]
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = arguments(__doc__, rounds=15)
+    parser = arguments(__doc__, rounds=41)
     parser.add_argument("--models", nargs="*", choices=list(STACKED), default=list(STACKED))
     parser.add_argument("--members", nargs="*", type=int, choices=_MEMBERS, default=_MEMBERS)
     options = parser.parse_args()
