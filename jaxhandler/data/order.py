@@ -1,5 +1,6 @@
 """The order rows are visited in: a function of the order key, the epoch and the macrobatch size."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -131,7 +132,7 @@ def visits(
         everything = drawn(1, num_rows)
         for position, start in enumerate(range(0, visited, size)):
             order = everything[start : min(start + size, visited)]
-            batches = tuple((count, None) for count in _cut(len(order), batch_size))
+            batches = tuple(zip(_cut(len(order), batch_size), itertools.repeat(None), strict=False))
             yield Visit(epoch, position, None, 0, len(order), order, batches, start)
         return
     if shuffle is not None:
@@ -142,10 +143,10 @@ def visits(
         rows = min(whole, visited - start)
         block, order = start // size, None
         counts = _cut(rows, batch_size)
-        batches = tuple((count, number) for number, count in enumerate(counts))
+        batches = tuple(zip(counts, itertools.count(), strict=False))
         if shuffle == "rows":
             order = drawn(block + 1, whole)[:rows]
-            batches = tuple((count, None) for count in counts)
+            batches = tuple(zip(counts, itertools.repeat(None), strict=False))
         elif shuffle == "blocks":
             numbers = generator_of(key, epoch, block + 1).permutation(len(counts))
             batches = tuple((counts[number], int(number)) for number in numbers)

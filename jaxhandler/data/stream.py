@@ -1,10 +1,10 @@
 """Macrobatches on their way: read ahead in a thread, arranged on the host, placed on the device."""
 
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -46,20 +46,30 @@ class Clock:
         self.seconds: dict[str, float] = dict.fromkeys(stages, 0.0)
         self.timeline: deque[tuple[str, float, float]] = deque(maxlen=_NOTED)
 
-    @contextlib.contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
+    def measure(self, stage: str) -> AbstractContextManager[None]:
         """Adds the time of the block to `stage`."""
-        start = time.perf_counter()
-        with jax.profiler.TraceAnnotation(f"jaxhandler_{stage}"):
-            try:
-                yield
-            finally:
-                self.note(stage, start, time.perf_counter())
+        return _Measured(self, stage)
 
     def note(self, stage: str, start: float, stop: float) -> None:
         """Adds the time from `start` to `stop`, both by `time.perf_counter`, to `stage`."""
         self.seconds[stage] += stop - start
         self.timeline.append((stage, start - self.start, stop - self.start))
+
+
+class _Measured(AbstractContextManager[None]):
+    """A block that is timed, in half the calls that a generator would take."""
+
+    def __init__(self, clock: Clock, stage: str) -> None:
+        self._clock, self._stage = clock, stage
+        self._trace = jax.profiler.TraceAnnotation(f"jaxhandler_{stage}")
+
+    def __enter__(self) -> None:
+        self._trace.__enter__()
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error: Any) -> None:
+        self._clock.note(self._stage, self._start, time.perf_counter())
+        self._trace.__exit__(*error)
 
 
 class Lane:
@@ -193,8 +203,10 @@ def load(source: Source, visit: Visit, layout: Layout, *, borrow: bool = False) 
         stop = visit.start + (visit.rows if order is None else whole)
         read = source.borrow if borrow and source.borrow is not None else source.read
         rows = naming_rows(source, read)(visit.start, stop)
-        lies = np.arange(visit.rows) if order is None else order
-        index = (visit.start + lies).astype(np.int32)
+        if order is None:
+            index = np.arange(visit.start, visit.start + visit.rows, dtype=np.int32)
+        else:
+            index = (visit.start + order).astype(np.int32)
         take = lambda lies: jax.tree.map(lambda leaf: _permute(leaf, lies), rows)  # noqa: E731
     scan = layout.scan and visit.rows == layout.size and rows is not None
     short = (number for number, (count, _) in enumerate(visit.batches) if count < size)

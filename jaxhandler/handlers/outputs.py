@@ -74,14 +74,8 @@ def output_pieces(
     if program.outputs is None:
         return None
     if program.outputs == "steps":
-        host = jax.tree.map(np.asarray, outs) if _on_cpu(outs) else jax.device_get(outs)
-        if not scanned:
-            packed = jax.tree.map(lambda *steps: np.stack(steps), *host)
-        elif len(host) == 1:
-            packed = jax.tree.map(lambda block: block[:scanned], host[0])
-        else:
-            add = lambda block, *steps: np.concatenate([block[:scanned], np.stack(steps)])  # noqa: E731
-            packed = jax.tree.map(add, *host)
+        host = outs if _on_cpu(outs) else jax.device_get(outs)
+        packed = [_stacked([*map(np.asarray, each)], scanned) for each in zip(*host, strict=True)]
         return [_unpack(packed, specs, program.member_place is None)]
     axis = program.row_axis
     if scanned:
@@ -116,6 +110,14 @@ def pack(out: Any, *, together: bool = True) -> list[jax.Array]:
         jnp.concatenate([leaves[place].ravel() for place in places])
         for places in _groups(leaves, together)
     ]
+
+
+def _stacked(vectors: list[np.ndarray], scanned: int) -> np.ndarray:
+    """Returns one vector of each step `[S, K]`, of which a scan gave the first."""
+    if not scanned:
+        return np.stack(vectors)
+    block, *steps = vectors
+    return np.concatenate([block[:scanned], np.stack(steps)]) if steps else block[:scanned]
 
 
 def _unpack(packed: list[np.ndarray], specs: Any, together: bool) -> Any:

@@ -45,6 +45,7 @@ def trace_step(
     carry: Any,
     specs: Any,
     rows: int,
+    keys: "Keys",
     *,
     digested: bool = False,
 ) -> Traced:
@@ -54,9 +55,10 @@ def trace_step(
         program: The handler's program.
         step: Its step.
         consts: As the step takes them.
-        carry: As the step takes it.
+        carry: As the step takes it, without key types.
         specs: A tree of `jax.ShapeDtypeStruct` `[N, ...]`.
         rows: Rows of the batch to trace with.
+        keys: Puts the types of keys on the carry.
         digested: Whether a digest is wanted.
 
     Returns:
@@ -75,17 +77,17 @@ def trace_step(
         index = jax.ShapeDtypeStruct(lead, np.int32)
         scalar = jax.ShapeDtypeStruct((), np.int32)
         # A fresh function, lest jit's own cache keep the trace after ours has dropped it.
-        count = scalar if program.tail == "pad" else None
+        count, typed = scalar if program.tail == "pad" else None, keys.wrap(carry)
         try:
             traced = jax.jit(lambda *args: _batch(step, *args)).trace(
-                consts, carry, data, index, scalar, count
+                consts, typed, data, index, scalar, count
             )
         except Exception as error:
             shapes = ", ".join(f"data{path} {form(x)}" for path, x in leaves_with_paths(data))
             error.add_note(f"This came while tracing your function on a batch of {shapes}.")
             raise
         after, out = traced.out_info
-        _check_carry(carry, after)
+        _check_carry(typed, after)
         if program.outputs is not None:
             _check_out(program, out, rows)
         jaxpr = traced.jaxpr
@@ -99,7 +101,8 @@ def trace_step(
 
     leaves, structure = jax.tree.flatten(specs)
     types = structure, tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves)
-    key = (step, program.tail, digested, lead, types, signature((consts, carry)))
+    given = signature((consts, carry)), keys.impls
+    key = (step, program.tail, digested, lead, types, given)
     return program.traces.get(key, choose)
 
 
@@ -112,6 +115,9 @@ class Keys:
     Args:
         tree: A tree like all that follow.
 
+    Attributes:
+        impls: The kind of each leaf's keys, None where it has none; None without any keys.
+
     Example:
         >>> tree = {"key": jax.random.key(1)}
         >>> Keys(tree).strip(tree)
@@ -122,22 +128,22 @@ class Keys:
         impls = [
             jax.random.key_impl(leaf) if is_key(leaf) else None for leaf in jax.tree.leaves(tree)
         ]
-        self._impls = impls if any(impls) else None
+        self.impls = tuple(impls) if any(impls) else None
 
     def strip(self, tree: Any) -> Any:
         """Returns the tree with uint32 arrays instead of typed keys."""
-        if self._impls is None:
+        if self.impls is None:
             return tree
         return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
 
     def wrap(self, tree: Any) -> Any:
         """Returns a tree that `strip` gave as it was before."""
-        if self._impls is None:
+        if self.impls is None:
             return tree
         leaves, structure = jax.tree.flatten(tree)
         return structure.unflatten(
             leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
-            for leaf, impl in zip(leaves, self._impls, strict=True)
+            for leaf, impl in zip(leaves, self.impls, strict=True)
         )
 
 

@@ -78,7 +78,7 @@ class Work:
         axis = 0 if program.outputs == "rows" else 1
         self.groups = Groups(program.members or 1, size, program.carry_axes, axis)
         self.consts, self.carries = self.groups.cut(consts, self._keys.strip(carry))
-        traced = self.trace(step, rows, carry if self.groups.whole else None)
+        traced = self.trace(step, rows)
         self._out = traced.out
         self.traced = traced._replace(out=self.groups.joined_types(traced.out))
         # Until a plan has run, it is the caller's; without rows, none does.
@@ -87,19 +87,17 @@ class Work:
             self.carries = owned(self.carries)
         self.plans = Plans(program, traced.step, self._keys, pinned(self.carries[0]))
 
-    def trace(self, step: Step, rows: int, carry: Any = None) -> Traced:
+    def trace(self, step: Step, rows: int) -> Traced:
         """Traces a step as this run would take it, on a batch.
 
         Args:
             step: Like the run's.
             rows: Rows of the batch.
-            carry: What it takes, where that is at hand with key types.
         """
         step = step if self.groups.whole else self.groups.of(step)
-        carry = self._keys.wrap(self.carries[0]) if carry is None else carry
         digested = self._options.checkpoint is not None
-        given = self._program, step, self.consts[0], carry, self._specs
-        return trace_step(*given, rows, digested=digested)
+        given = self._program, step, self.consts[0], self.carries[0], self._specs
+        return trace_step(*given, rows, self._keys, digested=digested)
 
     def adopt(self, step: Step) -> None:
         """Goes on with a step in the place of the one before."""
@@ -119,8 +117,8 @@ class Work:
     def carry(self) -> Any:
         """What the step passes on, as it is now, of all members."""
         if self._joined is None:
-            self._joined = self.groups.joined_carry(self.carries)
-        return self._keys.wrap(self._joined)
+            self._joined = self._keys.wrap(self.groups.joined_carry(self.carries))
+        return self._joined
 
     def apart(self, carry: Any) -> list[Any]:
         """Returns a carry of all members, such as an earlier run has left, group by group."""
