@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = ["NUMBERS", "Metrics", "Table", "extended", "improved", "new_history"]
+__all__ = ["NUMBERS", "EpochMetrics", "Table", "extended", "improved", "new_history"]
 
-Metrics: TypeAlias = Mapping[str, Mapping[str, float]]
+EpochMetrics: TypeAlias = Mapping[str, Mapping[str, float]]
 
 NUMBERS = {
     "loss": np.float64,
@@ -42,7 +42,7 @@ def new_history(splits: Iterable[str], names: Iterable[str]) -> dict[str, Any]:
     return metrics | {name: np.zeros(0, dtype) for name, dtype in NUMBERS.items()}
 
 
-def extended(history: Mapping[str, Any], metrics: Metrics, **numbers: float) -> dict[str, Any]:
+def extended(history: Mapping[str, Any], metrics: EpochMetrics, **numbers: float) -> dict[str, Any]:
     """Returns a history with one more epoch.
 
     Args:
@@ -123,7 +123,7 @@ class Table:
     def show(
         self,
         title: str,
-        metrics: Metrics,
+        metrics: EpochMetrics,
         better: Mapping[str, Mapping[str, bool]] | None = None,
         *,
         passing: bool = True,
@@ -163,7 +163,7 @@ def _place() -> str:
     return "terminal" if sys.stdout.isatty() else "log"
 
 
-def _line(title: str, metrics: Metrics, better: Mapping[str, Mapping[str, bool]]) -> str:
+def _line(title: str, metrics: EpochMetrics, better: Mapping[str, Mapping[str, bool]]) -> str:
     values = (
         f"{split} {name} {value:.5g}{'*' * better.get(split, {}).get(name, False)}"
         for split, named in metrics.items()
@@ -172,7 +172,7 @@ def _line(title: str, metrics: Metrics, better: Mapping[str, Mapping[str, bool]]
     return ", ".join([title, *values])
 
 
-def _rows(metrics: Metrics, better: Mapping[str, Mapping[str, bool]]) -> list[str]:
+def _rows(metrics: EpochMetrics, better: Mapping[str, Mapping[str, bool]]) -> list[str]:
     """A row per metric, a column per split."""
     names = list(dict.fromkeys(name for named in metrics.values() for name in named))
     margin = max(map(len, names), default=0)

@@ -12,7 +12,7 @@ from jaxhandler.errors import check_count, explain
 __all__ = [
     "CPU_BUDGET",
     "Fit",
-    "Needs",
+    "MemoryNeeds",
     "device_bytes",
     "fitting_rows",
     "free_bytes",
@@ -32,7 +32,7 @@ _LEAST_PIECES = 8
 _DEFAULT_ROWS = 10_000
 
 
-class Needs(NamedTuple):
+class MemoryNeeds(NamedTuple):
     """Bytes that a run needs on a device.
 
     Attributes:
@@ -121,7 +121,7 @@ def free_bytes(device: Any) -> int | None:
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
 
 
-def fitting_rows(num_rows: int, batch_size: int, needs: Needs, free: int | None) -> Fit:
+def fitting_rows(num_rows: int, batch_size: int, needs: MemoryNeeds, free: int | None) -> Fit:
     """Returns the macrobatch size that "auto" stands for.
 
     The largest of which two, inputs and outputs, fit half of what is free beside state and
@@ -139,7 +139,7 @@ def fitting_rows(num_rows: int, batch_size: int, needs: Needs, free: int | None)
         A `Fit`, one batch at least.
 
     Example:
-        >>> needs = Needs(rows=30 * 2**20, outputs=2 * 2**20, workspace=8 * 2**30)
+        >>> needs = MemoryNeeds(rows=30 * 2**20, outputs=2 * 2**20, workspace=8 * 2**30)
         >>> fitting_rows(10_000_000, 128, needs, free=40 * 2**30)
         Fit(rows=32768, why='the most of which two fit 16.0 GiB')
     """
@@ -166,7 +166,7 @@ def resolve_macrobatch(
     size: int | str,
     batch_size: int,
     num_rows: int,
-    measure: Callable[[], Needs],
+    measure: Callable[[], MemoryNeeds],
     device: Any,
 ) -> int:
     """Returns the rows of a whole macrobatch: whole batches, at least one.
@@ -225,7 +225,7 @@ def _steady(free: int) -> int:
     return free >> rest << rest
 
 
-def _check_fits(needs: Needs, batch_size: int, free: int | None, device: Any) -> None:
+def _check_fits(needs: MemoryNeeds, batch_size: int, free: int | None, device: Any) -> None:
     """Refuses what would end in the middle of the run; on CPU the budget is only a convention."""
     two = 2 * (needs.rows + needs.outputs)
     if free is None or two + needs.workspace + needs.state <= free:

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxhandler.data.placement import replicate_like, resolve_sharding
 from jaxhandler.ensembles.members import check_members
 from jaxhandler.ensembles.reductions import reduction
-from jaxhandler.ensembles.steps import Layout, MembersStep
+from jaxhandler.ensembles.steps import MembersLayout, MembersStep
 from jaxhandler.ensembles.strategies import check_member_sharding
 from jaxhandler.ensembles.trials import Strategies
 from jaxhandler.errors import a_type, check_choice, check_count, explain
@@ -118,7 +118,7 @@ def ensemble(
     names = "consts", "carry"
     if isinstance(handler, Calculator | Validator | Trainer):
         names = "params", "state"
-    layout = Layout(
+    layout = MembersLayout(
         members=members,
         names=names,
         carry_axes=program.carry_axes,

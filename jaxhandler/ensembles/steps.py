@@ -14,10 +14,10 @@ from jaxhandler.ensembles.trials import Strategies
 from jaxhandler.handlers.groups import ManyStep
 from jaxhandler.typing import Batch, Step
 
-__all__ = ["Layout", "MembersStep"]
+__all__ = ["MembersLayout", "MembersStep"]
 
 
-class Layout(NamedTuple):
+class MembersLayout(NamedTuple):
     """Where members are.
 
     Attributes:
@@ -49,7 +49,9 @@ class MembersStep(ManyStep):
         strategies: Chooses how they are computed.
     """
 
-    def __init__(self, one: Step, alone: Step, layout: Layout, strategies: Strategies) -> None:
+    def __init__(
+        self, one: Step, alone: Step, layout: MembersLayout, strategies: Strategies
+    ) -> None:
         self._one, self._alone = one, alone
         self._layout, self._strategies = layout, strategies
         axis = layout.data_axis

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxhandler.data.placement import placed_specs
-from jaxhandler.data.sizing import Needs, device_bytes
+from jaxhandler.data.sizing import MemoryNeeds, device_bytes
 from jaxhandler.handlers.steps import Plans
 
 __all__ = ["Gauge"]
@@ -43,14 +43,14 @@ class Gauge(NamedTuple):
     gather: bool
     fill: bool
 
-    def batch(self) -> Needs:
+    def batch(self) -> MemoryNeeds:
         """Measures the plan of one batch; `state` is what it does not take over of the carry."""
         count = np.int32(self.rows) if self.plans.program.tail == "pad" else None
         index = jax.ShapeDtypeStruct(self._shape, np.int32)
         args = (self.consts, self.carry, self._data(*self._shape), index, np.int32(0), count)
         return self._measure(self.plans.batch(self.rows, args), args)
 
-    def block(self, size: int) -> Needs:
+    def block(self, size: int) -> MemoryNeeds:
         """Measures the plan of a macrobatch of `size` rows likewise, as if it were one batch."""
         steps = (size // self.rows, *self._shape)
         index = jax.ShapeDtypeStruct(steps, np.int32)
@@ -60,7 +60,7 @@ class Gauge(NamedTuple):
         args = (self.consts, self.carry, data, order, index, count)
         return self._measure(self.plans.block(args), args)
 
-    def beforehand(self) -> Needs:
+    def beforehand(self) -> MemoryNeeds:
         """Tells from the plan of one batch what a run needs, its macrobatch size not yet known."""
         rows, outputs, workspace, state, spare = self.batch()
         if self.scan:
@@ -70,7 +70,7 @@ class Gauge(NamedTuple):
             # Rows that members draw in orders of their own lie there once.
             rows += device_bytes(self._data(self.rows)) - device_bytes(self._data(*self._shape))
             rows += np.dtype(np.int32).itemsize * math.prod(self._shape) if self.gather else 0
-        return Needs(rows, outputs, workspace, state + self.held() - self.there(), spare)
+        return MemoryNeeds(rows, outputs, workspace, state + self.held() - self.there(), spare)
 
     def held(self) -> int:
         """Counts what lies on the device throughout: consts, the caller's carry and the run's."""
@@ -91,18 +91,20 @@ class Gauge(NamedTuple):
         specs = jax.tree.map(stack, self.specs)
         return placed_specs(specs, self.sharding, leading=leading)
 
-    def _measure(self, plan: Any, args: tuple[Any, ...]) -> Needs:
+    def _measure(self, plan: Any, args: tuple[Any, ...]) -> MemoryNeeds:
         stats = plan.memory_analysis()
         given = device_bytes(args[:3])
         rows, outputs = device_bytes(args[2]), device_bytes(plan.out_info[1])
         carry = device_bytes(self.carry)
         if stats is None:  # A backend that does not tell.
-            return Needs(rows, outputs, 0, 0 if self.plans.program.donate else carry)
+            return MemoryNeeds(rows, outputs, 0, 0 if self.plans.program.donate else carry)
         # Of the row numbers a plan takes only what its step looks at.
         numbers = max(stats.argument_size_in_bytes - given, 0)
         new = max(carry - stats.alias_size_in_bytes, 0)
         every = self.groups
-        return Needs(rows + numbers, every * outputs, every * stats.temp_size_in_bytes, every * new)
+        return MemoryNeeds(
+            rows + numbers, every * outputs, every * stats.temp_size_in_bytes, every * new
+        )
 
 
 def _placed(tree: Any) -> list[jax.Array]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxhandler.data.sizing import (
-    Needs,
+    MemoryNeeds,
     device_bytes,
     fitting_rows,
     free_bytes,
@@ -56,7 +56,7 @@ class Rations:
         self._batches = -(-min(size, max(self._num_rows, 1)) // program.batch_size)
         rows = program.batch_size * row_bytes(specs)
         outputs = 0 if program.outputs is None else device_bytes(out)
-        self._needs = Needs(rows, outputs)
+        self._needs = MemoryNeeds(rows, outputs)
         self._whole = self.step = step
         self.share, self._before = Share(), None
         self._known: dict[str, Share] = {}

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhandler.data.sizing import (
     CPU_BUDGET,
-    Needs,
+    MemoryNeeds,
     device_bytes,
     fitting_rows,
     free_bytes,
@@ -22,9 +22,9 @@ from jaxhandler.data.sizing import (
 )
 
 CPU = jax.devices("cpu")[0]
-SMALL = Needs(rows=400, outputs=100)
+SMALL = MemoryNeeds(rows=400, outputs=100)
 BYTES = st.integers(0, 2**36)
-NEEDS = st.builds(Needs, st.integers(1, 2**36), BYTES, BYTES, BYTES, BYTES)
+NEEDS = st.builds(MemoryNeeds, st.integers(1, 2**36), BYTES, BYTES, BYTES, BYTES)
 
 
 class Accelerator(NamedTuple):
@@ -75,7 +75,7 @@ def test_a_device_that_does_not_say_what_is_free_is_planned_with_the_budget(devi
     assert free_bytes(device) is None
     assert CPU_BUDGET == 512 * 2**20
     batch = CPU_BUDGET // 64
-    assert resolve_macrobatch("auto", 10, 10**6, lambda: Needs(batch, batch), device) == 160
+    assert resolve_macrobatch("auto", 10, 10**6, lambda: MemoryNeeds(batch, batch), device) == 160
 
 
 @pytest.mark.gpu
@@ -154,7 +154,7 @@ def test_where_there_is_one_batch_auto_measures_nothing(num_rows):
 
 @hypothesis.given(st.integers(0, 10**7), st.integers(1, 500), st.integers(1, 10**5))
 def test_auto_is_whole_batches_within_the_data(num_rows, batch, bytes_per_row):
-    needs = Needs(batch * bytes_per_row, 0)
+    needs = MemoryNeeds(batch * bytes_per_row, 0)
     rows = resolve_macrobatch("auto", batch, num_rows, lambda: needs, CPU)
     assert rows % batch == 0
     assert rows <= max(num_rows, batch)
@@ -162,14 +162,14 @@ def test_auto_is_whole_batches_within_the_data(num_rows, batch, bytes_per_row):
 
 def test_auto_takes_what_the_device_has_free():
     device = Accelerator({"bytes_limit": 1_000_000, "bytes_in_use": 200_000})
-    needs = Needs(rows=1000, outputs=0, workspace=100_000, state=44_000)
+    needs = MemoryNeeds(rows=1000, outputs=0, workspace=100_000, state=44_000)
     # 656,000 bytes are 10 and 17 more binary digits, of which 101 are kept: 655,360.
     assert resolve_macrobatch("auto", 10, 10**6, lambda: needs, device) == 1630
 
 
 def test_a_batch_that_does_not_fit_the_device_is_refused_with_its_sizes():
     device = Accelerator({"bytes_limit": 2**30})
-    needs = Needs(rows=2**20, outputs=2**19, workspace=2**30, state=2**28)
+    needs = MemoryNeeds(rows=2**20, outputs=2**19, workspace=2**30, state=2**28)
     with pytest.raises(ValueError, match="macrobatch_size") as error:
         resolve_macrobatch("auto", 64, 10**6, lambda: needs, device)
     assert str(error.value) == (
@@ -181,7 +181,7 @@ def test_a_batch_that_does_not_fit_the_device_is_refused_with_its_sizes():
 
 
 def test_a_batch_beyond_the_budget_of_a_cpu_goes_alone():
-    needs = Needs(rows=1, outputs=1, workspace=2**40)
+    needs = MemoryNeeds(rows=1, outputs=1, workspace=2**40)
     assert resolve_macrobatch("auto", 64, 10**6, lambda: needs, CPU) == 64
 
 

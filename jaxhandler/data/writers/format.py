@@ -13,10 +13,10 @@ from jaxhandler.trees import leaves_with_paths
 __all__ = [
     "Format",
     "Leaf",
-    "Mark",
     "Output",
     "Resumable",
     "Writer",
+    "Written",
     "check_dtypes",
     "check_names",
     "describe",
@@ -88,10 +88,10 @@ class Writer(Protocol):
 class Resumable(Writer, Protocol):
     """A writer that another process can take over: `mark()` says what it has written."""
 
-    def mark(self) -> "Mark": ...
+    def mark(self) -> "Written": ...
 
 
-class Mark(NamedTuple):
+class Written(NamedTuple):
     """What a writer has written.
 
     Attributes:
@@ -111,8 +111,8 @@ class Format(NamedTuple):
         open: `open(path, output)` makes the file or fills the folder at `path`; gives a `Writer`.
         folder: Whether an output is a folder.
         requires: The module it is written with; None for NumPy.
-        resume: `resume(path, output, content)` takes over what a `Mark` tells of, and refuses what
-            is not there as it was written; None where the format is written in one go only.
+        resume: `resume(path, output, content)` takes over what a `Written` tells of, and refuses
+            what is not there as it was; None where the format is written in one go only.
     """
 
     check: Callable[[Output], None]

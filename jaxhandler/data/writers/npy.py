@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxhandler.data.writers.format import (
     Format,
-    Mark,
     Output,
+    Written,
     check_dtypes,
     check_names,
     dotted,
@@ -60,9 +60,9 @@ class _NpyFiles:
         for file, arrays in zip(self._files.values(), columns, strict=True):
             file.write(start, arrays)
 
-    def mark(self) -> Mark:
+    def mark(self) -> Written:
         content = [file.stripes for file in self._files.values()]
-        return Mark(content, changed(self._files.values()))
+        return Written(content, changed(self._files.values()))
 
     def finish(self) -> dict[Path, dict[str, Any]]:
         return {path: file.known for path, file in self._files.items()}

@@ -12,8 +12,8 @@ from jaxhandler.checksums import checksum
 from jaxhandler.data.writers.format import (
     Format,
     Leaf,
-    Mark,
     Output,
+    Written,
     check_dtypes,
     check_names,
 )
@@ -72,14 +72,14 @@ class _ZarrStore:
         for array, pieces in zip(self._arrays, columns, strict=True):
             array.write(start, pieces)
 
-    def mark(self) -> Mark:
+    def mark(self) -> Written:
         files = [file for array in self._arrays for file in array.files.values()]
         written = {file.path: file.stripes for file in files if file.begun}
         written |= {file: [_all_of(file)] for file in self._metadata}
         new = [] if self._told else sorted(self._metadata)
         self._told = True
         content = {path.relative_to(self._path).as_posix(): each for path, each in written.items()}
-        return Mark(content, [*new, *changed(files)])
+        return Written(content, [*new, *changed(files)])
 
     def finish(self) -> dict[Path, dict[str, Any]]:
         files = (item for array in self._arrays for item in array.files.items())
