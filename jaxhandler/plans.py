@@ -166,6 +166,12 @@ class PlanCache:
 
         Returns:
             A `Held`, or None where there is no plan; what is called through it is no hit here.
+
+        Example:
+            >>> cache = PlanCache()
+            >>> plan = cache.get("key", lambda: "plan")
+            >>> cache.held("key").plan, cache.held("another")
+            ('plan', None)
         """
         return self._plans.get(key)
 
@@ -174,6 +180,14 @@ class PlanCache:
 
         Args:
             held: What `held` returned.
+
+        Example:
+            >>> cache = PlanCache(max_plans=2)
+            >>> plans = [cache.get(key, lambda: "plan") for key in ("first", "second")]
+            >>> cache.used(cache.held("first"))
+            >>> plan = cache.get("third", lambda: "plan")
+            >>> cache.keys()
+            ['first', 'third']
         """
         held.used = self._tick()
 
@@ -216,7 +230,14 @@ class PlanCache:
         return key in self._plans
 
     def keys(self) -> list[Any]:
-        """Returns the keys of the plans held now, those longest held first."""
+        """Returns the keys of the plans held now, those longest held first.
+
+        Example:
+            >>> cache = PlanCache()
+            >>> plans = [cache.get(key, lambda: "plan") for key in ("first", "second")]
+            >>> cache.keys()
+            ['first', 'second']
+        """
         with self._lock:
             return list(self._plans)
 
@@ -225,7 +246,15 @@ class PlanCache:
             self._counts[name] += by
 
     def stats(self) -> PlanStats:
-        """Returns the counts so far, all of one moment."""
+        """Returns the counts so far, all of one moment.
+
+        Example:
+            >>> cache = PlanCache()
+            >>> plans = [cache.get(key, lambda: "plan") for key in ("first", "second", "first")]
+            >>> stats = cache.stats()
+            >>> stats.hits, stats.misses, stats.size
+            (1, 2, 2)
+        """
         with self._lock:
             counts = {name: int(count) for name, count in self._counts.items()}
             seconds = float(self._counts["compile_seconds"])
@@ -235,7 +264,15 @@ class PlanCache:
             )
 
     def clear(self) -> None:
-        """Drops every plan; the counts stay."""
+        """Drops every plan; the counts stay.
+
+        Example:
+            >>> cache = PlanCache()
+            >>> plan = cache.get("key", lambda: "plan")
+            >>> cache.clear()
+            >>> cache.keys(), cache.stats().compiles
+            ([], 1)
+        """
         with self._lock:
             for entry in self._plans.values():
                 entry.plan = GONE

@@ -91,6 +91,14 @@ class Model:
 
         Raises:
             ValueError: If a column or an output that is asked for is not there.
+
+        Example:
+            >>> import jax.numpy as jnp, jaxhandler as jh
+            >>> square = jh.model(lambda params, x: params * x**2, inputs="x", outputs="y")
+            >>> wanted = [jh.pred("y"), jh.gradient("y", wrt="x")]
+            >>> square.compute(2.0, {"x": jnp.array([3.0])}, wanted)
+            {'y': Array([18.], dtype=float32),
+             "gradient('y', wrt='x')": Array([12.], dtype=float32)}
         """
         wanted = list(wanted)
         leaves = {leaf for each in wanted for leaf in self._leaves(each)}

@@ -77,6 +77,15 @@ class PlotMaker:
         Raises:
             OSError: If a file cannot be written.
             ValueError: If there is not one state for each plot.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> maker = jh.plot_maker(jh.plots.parity(jh.pred("energy"), jh.true("E")))
+            >>> [plot] = maker.plots
+            >>> state = plot.update(plot.init(), np.array([1.0, 2.0]), np.array([1.5, 2.0]))
+            >>> [figure] = maker.draw([state], split="valid", epoch=3)
+            >>> figure.get_suptitle()
+            'valid, epoch 3'
         """
         if len(states) != len(self.plots):
             expected = f"one for each of {len(self.plots)} plots"

@@ -97,6 +97,11 @@ class AtomsDatabase(Database):
 
         Raises:
             ValueError: If a size given is too small for a structure; names it and what it needs.
+
+        Example:
+            >>> database = atoms_database({"num_atoms": [2, 1, 2], "numbers": [1, 1, 2, 1, 1]})
+            >>> database.packed(1).packing
+            Packing(structures=9, atoms=8, pairs=None, around=1)
         """
         return _database(self, self.structures, structures, atoms, pairs)
 
@@ -119,6 +124,12 @@ class AtomsDatabase(Database):
 
         Raises:
             ValueError: If there is no such split or column.
+
+        Example:
+            >>> data = {"num_atoms": [2, 1, 2], "numbers": [1, 1, 2, 3, 3]}
+            >>> database = atoms_database(data, splits={"train": [0, 2], "test": [1]})
+            >>> database.source("train", ["numbers"]).read(0, 1)
+            {'numbers': array([[1, 1, 3, 3, 0, 0, 0, 0]], dtype=int32)}
         """
         rows = None if split is None else self._rows(split)
         names = self._names(columns)
@@ -142,6 +153,13 @@ class AtomsDatabase(Database):
 
         Raises:
             ValueError: If there is no such split or column.
+
+        Example:
+            >>> database = atoms_database({"num_atoms": [3, 1, 2], "numbers": [1, 1, 1, 2, 3, 3]})
+            >>> buckets = database.buckets(columns=["numbers"])
+            >>> list(buckets), buckets[4, 0].read(0, 2)["numbers"]
+            ([(2, 0), (4, 0)], array([[1, 1, 1, 0],
+                   [3, 3, 0, 0]], dtype=int32))
         """
         source = self.source(split, columns)
         zeros, rows = _zeros(self, columns), np.sort(source.packs.rows)
@@ -163,6 +181,14 @@ class AtomsDatabase(Database):
         Raises:
             FileExistsError: If something else is there.
             OSError: If the disk fails.
+
+        Example:
+            >>> import tempfile
+            >>> database = atoms_database({"num_atoms": [2, 1], "numbers": [1, 1, 2]})
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     database.save(f"{folder}/structures")
+            ...     atoms_database(f"{folder}/structures").num_rows
+            2
         """
         write_structures(self.structures, folder)
 
@@ -174,6 +200,13 @@ class AtomsDatabase(Database):
 
         Returns:
             A database.
+
+        Example:
+            >>> data = {"num_atoms": [2, 1], "numbers": [1, 1, 2]}
+            >>> more = open_structures({**data, "charge": [0.5, -0.5, 0.0]})
+            >>> database = atoms_database(data, splits={"test": [1]}).with_structures(more)
+            >>> database.source("test", ["charge"]).read(0, 1)["charge"][0, :2]
+            array([ 0., nan], dtype=float32)
         """
         return _database(self, structures, self.packing.around)
 

@@ -98,6 +98,13 @@ class PackedSource(Source):
 
         Raises:
             ValueError: If an output has neither shape.
+
+        Example:
+            >>> from jaxhandler.data.atoms import atoms_database
+            >>> database = atoms_database({"num_atoms": [2, 1, 1], "numbers": [1, 1, 2, 3]})
+            >>> source = database.source(order=np.random.default_rng(0))
+            >>> source.unpack(source.read(0, 1)["numbers"])
+            array([1, 1, 2, 3], dtype=int32)
         """
         axis = check_count("row_axis", row_axis, least=0)
         packs, num_atoms = self.packs, self.structures.num_atoms[self.packs.rows]

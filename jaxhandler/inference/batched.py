@@ -46,6 +46,14 @@ class Batched:
             TypeError: If a leaf is no array or has another dtype, or the agent no hash.
             ValueError: If the agent waits already, an input is missing or unknown, or a shape is
                 another one; names the agent and the input.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros((1, 2), np.float32))
+            >>> queue = jh.batched(infer)
+            >>> queue.push("left", [1, 2])
+            >>> queue
+            Batched(1 row, MemoizingInferer(...))
         """
         self.extend({agent: inputs})
 
@@ -58,6 +66,14 @@ class Batched:
         Raises:
             TypeError: As `push` does, or if `requests` is no mapping.
             ValueError: As `push` does.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros((1, 2), np.float32))
+            >>> queue = jh.batched(infer)
+            >>> queue.extend({"left": [1, 2], "right": [3, 4]})
+            >>> len(queue)
+            2
         """
         if not isinstance(requests, Mapping):
             expected = "each agent's inputs, {agent: inputs}"
@@ -84,6 +100,14 @@ class Batched:
 
         Raises:
             SealedError: If a plan would have to be compiled after `infer.seal()`.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros((1, 2), np.float32))
+            >>> queue = jh.batched(infer)
+            >>> queue.push("left", [1, 2])
+            >>> queue.execute(), len(queue)
+            ({'left': array([2., 4.], dtype=float32)}, 0)
         """
         infer = self._infer
         with self._lock:
@@ -96,7 +120,17 @@ class Batched:
         return found
 
     def clear(self) -> None:
-        """Empties the queue without computing anything."""
+        """Empties the queue without computing anything.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros((1, 2), np.float32))
+            >>> queue = jh.batched(infer)
+            >>> queue.push("left", [1, 2])
+            >>> queue.clear()
+            >>> queue.execute()
+            {}
+        """
         with self._lock:
             self._rows.clear()
 

@@ -146,13 +146,31 @@ class MicroBatcher:
         Args:
             drain: Whether rows that wait are computed, also those of senders held back; else their
                 futures are cancelled. A batch that has begun is finished in any case.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros(1, np.float32))
+            >>> batcher = jh.micro_batcher(infer, max_rows=4, max_wait_ms=60_000)
+            >>> future = batcher.submit(np.float32(1))
+            >>> batcher.close()
+            >>> future.done(), float(future.result())
+            (True, 2.0)
         """
         self._line.close(drain)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def stats(self) -> BatcherStats:
-        """Returns the counts so far."""
+        """Returns the counts so far.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros(1, np.float32))
+            >>> with jh.micro_batcher(infer, max_rows=4, max_wait_ms=2) as batcher:
+            ...     output = batcher(np.float32(1))
+            >>> batcher.stats().requests, batcher.stats().rows_per_batch
+            (1, 1.0)
+        """
         return self._line.stats()
 
     def _send(

@@ -90,6 +90,14 @@ class Runtime:
         Raises:
             TypeError: If `name` is no text or `infer` no inferer.
             ValueError: If another model has the name.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros(1, np.float32))
+            >>> rt = jh.runtime()
+            >>> rt.add("walker", infer)
+            >>> rt
+            Runtime(walker: 0 waiting)
         """
         if not isinstance(name, str):
             raise TypeError(explain("name", seen=a_type(name), expected="text"))
@@ -111,6 +119,15 @@ class Runtime:
         Raises:
             TypeError: If `infer` is no inferer.
             ValueError: If no model has the name, or the new one takes other inputs.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros(1, np.float32))
+            >>> rt = jh.runtime({"walker": infer})
+            >>> ticket = rt.push("walker", "anna", np.float32(1))
+            >>> rt.replace("walker", infer.with_params(3.0))
+            >>> rt.run()
+            {'walker': {'anna': array(3., dtype=float32)}}
         """
         check_inferer("infer", infer)
         with self._lock:
@@ -132,6 +149,14 @@ class Runtime:
 
         Raises:
             ValueError: If no model has the name.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros(1, np.float32))
+            >>> rt = jh.runtime({"walker": infer})
+            >>> ticket = rt.push("walker", "anna", np.float32(1))
+            >>> rt.remove("walker")
+            {'anna': array(1., dtype=float32)}
         """
         with self._lock:
             queue = self._find(name).queue
@@ -241,11 +266,28 @@ class Runtime:
 
         Raises:
             RunError: As in `run_for`.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros(1, np.float32))
+            >>> rt = jh.runtime({"walker": infer, "swimmer": infer.with_params(3.0)})
+            >>> tickets = [rt.push(name, "anna", np.float32(1)) for name in ("swimmer", "walker")]
+            >>> {name: float(outputs["anna"]) for name, outputs in rt.run().items()}
+            {'swimmer': 3.0, 'walker': 2.0}
         """
         return self.run_for(math.inf)
 
     def waiting(self) -> dict[str, int]:
-        """Returns how many requests wait for each model."""
+        """Returns how many requests wait for each model.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros(1, np.float32))
+            >>> rt = jh.runtime({"walker": infer, "swimmer": infer})
+            >>> ticket = rt.push("walker", "anna", np.float32(1))
+            >>> rt.waiting()
+            {'walker': 1, 'swimmer': 0}
+        """
         with self._lock:
             return {name: len(model.queue) for name, model in self._models.items()}
 
