@@ -193,7 +193,10 @@ class AtomsDatabase(Database):
         write_structures(self.structures, folder)
 
     def with_structures(self, structures: Structures) -> "AtomsDatabase":
-        """Returns the database with more columns of the same structures, its packs planned anew.
+        """Returns the database with more columns of the same structures.
+
+        Packs keep their slots for atoms; those for pairs are chosen anew. Where both `inputs` and
+        `targets` were named, other columns stay out.
 
         Args:
             structures: As many, with atoms as many.
@@ -208,7 +211,7 @@ class AtomsDatabase(Database):
             >>> database.source("test", ["charge"]).read(0, 1)["charge"][0, :2]
             array([ 0., nan], dtype=float32)
         """
-        return _database(self, structures, self.packing.around)
+        return _database(self, structures, self.packing.around, self.packing.atoms)
 
 
 def is_atoms(data: Any) -> bool:

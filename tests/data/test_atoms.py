@@ -279,6 +279,12 @@ def test_packs_of_given_sizes_have_them() -> None:
     assert database.specs["positions"].shape[1:] == (database.packing.atoms, 3)
 
 
+def test_a_size_given_for_atoms_stays_when_pairs_come_to_the_structures() -> None:
+    packed = atoms_database(molecules()[:8]).packed(4, atoms=96)
+    packing = precompute_pairs(packed, 4.0).packing
+    assert (packing.around, packing.atoms) == (4, 96)
+
+
 def test_names_that_are_not_there_are_refused() -> None:
     structures = [Atoms("H"), Atoms("He")]
     with pytest.raises(ValueError, match="inputs: saw 'energy', expected one of"):
