@@ -69,11 +69,12 @@ def is_key(leaf: Any) -> bool:
     """
     dtype = getattr(leaf, "dtype", None)
     # Looked at first because it takes no time, and plans ask at every call.
-    return (
-        dtype is not None
-        and not isinstance(dtype, np.dtype)
-        and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-    )
+    if dtype is None or isinstance(dtype, np.dtype):
+        return False
+    try:
+        return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    except TypeError:  # That of another library.
+        return False
 
 
 def on_host(leaf: Any) -> bool:

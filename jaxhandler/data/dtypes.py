@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxhandler.data.buffers import aligned_copy
-from jaxhandler.errors import check_choice, explain, warn
+from jaxhandler.errors import a_type, check_choice, explain, warn
 from jaxhandler.trees import is_key, ragged
 
 __all__ = ["check_dtype", "check_fits", "check_leaf", "narrow"]
@@ -53,8 +53,12 @@ def check_dtype(name: str, array: Any, narrowing: str = "warn") -> np.dtype:
     if is_key(array):
         fix = "Pass jax.random.key_data(keys) and wrap them again in the model."
         raise TypeError(explain(name, seen="random keys", expected="numbers", fix=fix))
-    dtype = np.dtype(array.dtype)
     expected = "numbers or bools that JAX has"
+    try:
+        dtype = np.dtype(array.dtype)
+    except TypeError as error:
+        seen, fix = f"{a_type(array)} of {array.dtype}", "Pass np.asarray(...)."
+        raise TypeError(explain(name, seen=seen, expected=expected, fix=fix)) from error
     if isinstance(array, np.ma.MaskedArray):
         fix = "Fill it with .filled(...), and pass the mask as a leaf of its own."
         raise TypeError(explain(name, seen="a masked array", expected=expected, fix=fix))

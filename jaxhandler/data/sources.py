@@ -201,6 +201,10 @@ def _open_leaf(name: str, leaf: Any, policy: _Policy) -> Source:
         return _read_by(dataset_reader(name, leaf, policy.missing_chunks, policy.said), policy)
     if is_instance(leaf, "zarr", "Array"):
         return _read_by(zarr_array_reader(name, leaf, policy.missing_chunks, policy.said), policy)
+    if any(is_instance(leaf, "pyarrow", kind) for kind in ("Table", "RecordBatch")):
+        # Its items are columns, not rows.
+        fix = "Pass {name: table[name].to_numpy() for name in table.column_names}."
+        raise TypeError(explain(name, seen=a_type(leaf), expected="its columns in a dict", fix=fix))
     if all(hasattr(leaf, part) for part in ("shape", "dtype", "__getitem__")):
         return _read_by(slicing_reader(name, leaf), policy)
     if is_row_source(leaf):

@@ -1,6 +1,6 @@
 """Members that train no further: early stopping one by one, and successive halving."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -154,7 +154,7 @@ def halve(state: Any, scores: Any, *, keep: int) -> tuple[Any, np.ndarray]:
     Source: K. Jamieson, A. Talwalkar, "Non-stochastic best arm identification and hyperparameter
         optimization", 2016.
     """
-    scores = np.asarray(scores, np.float64)
+    scores = _as_numbers(scores)
     if scores.ndim != 1:
         seen, expected = f"shape {list(scores.shape)}", "one per member, [E]"
         raise ValueError(explain("scores", seen=seen, expected=expected))
@@ -163,16 +163,30 @@ def halve(state: Any, scores: Any, *, keep: int) -> tuple[Any, np.ndarray]:
         seen, expected = str(keep), f"at most the {len(scores)} members there are"
         raise ValueError(explain("keep", seen=seen, expected=expected))
     kept = np.sort(np.argsort(scores, kind="stable")[:keep])
+    leaves = jax.tree.leaves(apart(state)[0])
+    if leaves and np.ndim(leaves[0]) and len(leaves[0]) != len(scores):
+        seen, expected = f"{len(scores)} scores", f"one for each of {len(leaves[0])} members"
+        raise ValueError(explain("scores", seen=seen, expected=expected))
+    if np.isnan(scores).all():
+        raise ValueError(explain("scores", seen="NaN for all members", expected="a score of one"))
     check_members("state", apart(state)[0], len(scores))
     return take_members(state, kept), kept
 
 
 def _as_scores(scores: Any, shape: tuple[int, ...]) -> np.ndarray:
-    scores = np.asarray(scores, np.float32)
+    scores = _as_numbers(scores).astype(np.float32)
     if scores.shape != shape:
         seen, expected = f"shape {list(scores.shape)}", f"one per member, {list(shape)}"
         raise ValueError(explain("scores", seen=seen, expected=expected))
     return scores
+
+
+def _as_numbers(scores: Any) -> np.ndarray:
+    if isinstance(scores, Mapping):
+        seen = f"a dict of {', '.join(map(repr, scores))}"
+        fix = "Pass one of its metrics."
+        raise TypeError(explain("scores", seen=seen, expected="numbers", fix=fix))
+    return np.asarray(scores, np.float64)
 
 
 def _where(members: Any, new: Any, old: Any) -> Any:

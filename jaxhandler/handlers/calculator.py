@@ -15,6 +15,7 @@ from jaxhandler.handlers.program import Program, check_builder
 from jaxhandler.handlers.run import Run
 from jaxhandler.handlers.shortage import refusing
 from jaxhandler.handlers.signatures import check_call
+from jaxhandler.handlers.training import check_no_state
 from jaxhandler.plans import PlanCache
 from jaxhandler.typing import Batch, Callback, Placement, Step
 
@@ -59,6 +60,7 @@ class Calculator(Handler):
             >>> jh.calculator(lambda params, x: x.sum(axis=1)).calc((), jnp.ones((2, 3)))
             Array([3., 3.], dtype=float32)
         """
+        check_no_state(params)
         source = resident_source(data)
         return self._fold(self.step, params, (), source, RESIDENT, "device").outputs
 
@@ -117,6 +119,7 @@ class Calculator(Handler):
             >>> calc.calc_from_host(3.0, np.arange(3, dtype=np.float32), macrobatch_size=2)
             array([0., 3., 6.], dtype=float32)
         """
+        check_no_state(params)
         check_sink(out, data)
         options = Options(
             macrobatch_size=macrobatch_size,
@@ -187,6 +190,7 @@ class Calculator(Handler):
             on_oom=on_oom,
             split=lambda pieces: self._split(self.step, pieces),
         )
+        check_no_state(params)
         source = open_source(data)
 
         def blocks() -> Iterator[Any]:

@@ -15,6 +15,11 @@ from jaxhandler.trees import leaves_with_paths
 __all__ = ["Lookout", "check_params"]
 
 _FIX = 'Lower the learning rate, clip gradients, or go on with on_nonfinite="skip".'
+_FIRST = (
+    "No step came before: look at the parameters given, at divisions and logarithms in loss_fn, "
+    "and at labels and numbers that are out of range."
+)
+_LATER = f"Parameters may have broken in the step before, at other rows. {_FIX}"
 _MEND = 'Mend or mask these rows, or leave such steps out with on_nonfinite="skip".'
 _NAMED = 4
 
@@ -62,6 +67,8 @@ class Lookout:
                 return
         place, rows = _place(finished, bad, self._source.name)
         inputs, fix = _inputs(finished, self._source, rows)
+        if fix == _FIX:
+            fix = _FIRST if self._steps == finite.size and bad[0].any() else _LATER
         if self._policy == "skip":
             self._first = f"First came {place}. {inputs}"
         elif self._policy == "freeze":

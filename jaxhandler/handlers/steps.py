@@ -69,19 +69,21 @@ def trace_step(
         ValueError: If the carry comes back with another structure or other types, or an output
             leaf does not have one row per row.
     """
-    lead = program.batch_shape(rows)
-    struct = lambda spec: jax.ShapeDtypeStruct((*lead, *spec.shape[1:]), spec.dtype)  # noqa: E731
+
+    def batch_of(rows: int) -> tuple[Any, ...]:
+        lead = program.batch_shape(rows)
+        struct = lambda spec: jax.ShapeDtypeStruct((*lead, *spec.shape[1:]), spec.dtype)  # noqa: E731
+        index, scalar = (jax.ShapeDtypeStruct(shape, np.int32) for shape in (lead, ()))
+        count = scalar if program.tail == "pad" else None
+        return jax.tree.map(struct, specs), index, scalar, count
 
     def trace(step: Step) -> Traced:
-        data = jax.tree.map(struct, specs)
-        index = jax.ShapeDtypeStruct(lead, np.int32)
-        scalar = jax.ShapeDtypeStruct((), np.int32)
+        data, *others = batch_of(rows)
+        typed = keys.wrap(carry)
         # A fresh function, lest jit's own cache keep the trace after ours has dropped it.
-        count, typed = scalar if program.tail == "pad" else None, keys.wrap(carry)
+        fresh = lambda *args: _batch(step, *args)  # noqa: E731
         try:
-            traced = jax.jit(lambda *args: _batch(step, *args)).trace(
-                consts, typed, data, index, scalar, count
-            )
+            traced = jax.jit(fresh).trace(consts, typed, data, *others)
         except Exception as error:
             shapes = ", ".join(f"data{path} {form(x)}" for path, x in leaves_with_paths(data))
             error.add_note(f"This came while tracing your function on a batch of {shapes}.")
@@ -90,6 +92,8 @@ def trace_step(
         _check_carry(typed, after)
         if program.outputs is not None:
             _check_out(program, out, rows)
+            if 1 < rows in _lengths((consts, carry), specs):
+                _check_longer(program, fresh, (consts, typed, *batch_of(rows + 1)), rows + 1)
         jaxpr = traced.jaxpr
         digest = digest_jaxpr(jaxpr) if digested else ""
         return Traced(step, out, convolves(jaxpr), calls_host(jaxpr), digest)
@@ -102,7 +106,7 @@ def trace_step(
     leaves, structure = jax.tree.flatten(specs)
     types = structure, tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves)
     given = signature((consts, carry)), keys.impls
-    key = (step, program.tail, digested, lead, types, given)
+    key = (step, program.tail, digested, program.batch_shape(rows), types, given)
     return program.traces.get(key, choose)
 
 
@@ -265,6 +269,28 @@ def _check_carry(before: Any, after: Any) -> None:
         if a.shape != b.shape or a.dtype != b.dtype:
             seen, expected = f"{form(b)} returned", form(a)
             raise ValueError(explain("carry", path=path, seen=seen, expected=expected, fix=fix))
+
+
+def _lengths(given: Any, specs: Any) -> set[int]:
+    """Returns how long axes are that are none of rows."""
+    shapes = [leaf.shape for leaf in jax.tree.leaves(given)]
+    return set().union(*shapes, *(leaf.shape[1:] for leaf in jax.tree.leaves(specs)))
+
+
+def _check_longer(program: Program, fn: Any, args: tuple[Any, ...], rows: int) -> None:
+    """Refuses outputs that do not get longer with a batch: another axis was taken for the rows."""
+    try:
+        try:
+            _, out = jax.eval_shape(fn, *args)
+        except Exception as error:
+            # Some functions take batches of one size only; of losses and metrics we have said this.
+            if f"for a batch of {rows} rows" in str(error):
+                raise
+            return
+        _check_out(program, out, rows)
+    except ValueError as error:
+        error.add_note(f"It was tried with {rows} rows, since another axis is {rows - 1} long too.")
+        raise
 
 
 def _check_out(program: Program, out: Any, rows: int) -> None:

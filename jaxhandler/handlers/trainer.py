@@ -10,7 +10,7 @@ import optax
 
 from jaxhandler.checkpointing.checkpoint import Checkpoint
 from jaxhandler.data.sources import Source, open_source, resident_source
-from jaxhandler.errors import a_type, check_choice, check_count, explain
+from jaxhandler.errors import a_type, check_choice, check_count, explain, warn
 from jaxhandler.handlers.finite import Lookout
 from jaxhandler.handlers.handler import RESIDENT, Handler
 from jaxhandler.handlers.means import merged
@@ -120,6 +120,7 @@ class Trainer(Handler):
             >>> int(state.epoch), int(state.step), len(info.losses)
             (3, 6, 6)
         """
+        check_state(state)
         shuffle = "global" if shuffle == "rows" else shuffle
         options = RESIDENT._replace(shuffle=shuffle, epochs=epochs)
         return self._train(state, resident_source(data), options)
@@ -181,6 +182,7 @@ class Trainer(Handler):
             >>> info.report.rows
             4
         """
+        check_state(state)
         options = Options(
             macrobatch_size=macrobatch_size,
             shuffle=shuffle,
@@ -198,7 +200,6 @@ class Trainer(Handler):
     def _train(
         self, state: TrainState, source: Source, options: Options
     ) -> tuple[TrainState, TrainInfo]:
-        check_state(state)
         check_rows(source)
         epochs = np.ravel(np.asarray(state.epoch))
         if (epochs != epochs[0]).any():
@@ -210,6 +211,13 @@ class Trainer(Handler):
             raise ValueError(text)
         options = options._replace(key=state.order_key, first_epoch=int(epochs[0]))
         active = np.asarray(state.active)
+        if self.program.members is None and active.ndim:
+            seen, expected = f"the state of {len(active)} members", "that of one model"
+            fix = "Use jh.ensemble(trainer, members=...), or a state of one of them."
+            raise ValueError(explain("state", seen=seen, expected=expected, fix=fix))
+        if not active.any():
+            fix = "Nothing will change; state._replace(active=...) lets it train again."
+            warn(explain("state", seen="nothing active", expected="what still trains", fix=fix))
         step = self.step if active.all() else self.stopping_step
         lookout = Lookout(self.on_nonfinite, source)
         result = self._fold(step, (), state, source, options, on_finished=lookout.look)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from jaxhandler.data.dtypes import check_leaf
-from jaxhandler.errors import a_type, explain
+from jaxhandler.errors import a_type, explain, form
 from jaxhandler.handlers.jaxprs import convolves
 from jaxhandler.handlers.means import as_mean, merged
 from jaxhandler.trees import is_key, leaves_with_paths
@@ -20,6 +20,7 @@ __all__ = [
     "TrainInfo",
     "TrainState",
     "as_key",
+    "check_no_state",
     "default_order_key",
     "init_state",
     "make_train_step",
@@ -153,6 +154,8 @@ def init_state(
     """Makes a `TrainState`; see `Trainer.init`."""
     for path, leaf in leaves_with_paths(params):
         dtype = getattr(leaf, "dtype", None)
+        if dtype is not None and not isinstance(leaf, jax.Array):
+            check_leaf(f"params{path}", leaf)
         if not isinstance(leaf, float) and (
             dtype is None or not jax.dtypes.issubdtype(dtype, np.inexact)
         ):
@@ -161,9 +164,10 @@ def init_state(
             raise TypeError(
                 explain("params", path=path, seen=seen, expected="a floating array", fix=fix)
             )
-        if not isinstance(leaf, jax.Array):
-            check_leaf(f"params{path}", leaf)
     key = as_key("key", key)
+    if key.shape != ():
+        fix = "Pass one of them; keys for members go to the init of a jh.ensemble."
+        raise ValueError(explain("key", seen=f"keys {list(key.shape)}", expected="one", fix=fix))
     # One compilation, and none of the eager operations of an optimiser's init.
     opt_state = jax.jit(optimizer.init)(params)
     if order_key is None:
@@ -208,12 +212,17 @@ def make_train_step(
                 error.add_note(f"The model_state is {model_state}. {_FIRST_STATE}")
             raise
         if has_state and (not isinstance(result, tuple) or len(result) != 2):
-            seen, expected = a_type(result), "(loss, model_state) with has_state=True"
+            seen = form(result) if hasattr(result, "shape") else a_type(result)
+            expected = "(loss, model_state) with has_state=True"
             raise TypeError(explain("loss_fn", seen=seen, expected=expected))
         if no_state and jax.tree.leaves(result[1]):
             seen, expected = str(model_state), "a tree like the one that loss_fn gives"
             raise ValueError(explain("model_state", seen=seen, expected=expected, fix=_FIRST_STATE))
         loss, model_state = result if has_state else (result, model_state)
+        values: Any = loss.total if isinstance(loss, Mean) else loss
+        if hasattr(values, "dtype") and not jax.dtypes.issubdtype(values.dtype, np.inexact):
+            fix = "Whole numbers and bools have no gradients; an accuracy belongs in a validator."
+            raise TypeError(explain("loss_fn", seen=form(values), expected="floats", fix=fix))
         mean = as_mean(loss, mask, name="loss_fn", pad=pad)
         if mean.total.shape != ():
             seen = f"a Mean of shape {list(mean.total.shape)}"
@@ -223,6 +232,7 @@ def make_train_step(
         return mean.total / count, (mean, model_state)
 
     gradient = jax.value_and_grad(objective, has_aux=True)
+    fitting: set[Any] = set()
 
     def whole(state: TrainState, batch: Batch, key: Any) -> tuple[Mean, Any, Any]:
         (_, (mean, model_state)), grads = gradient(
@@ -271,6 +281,10 @@ def make_train_step(
         return mean, model_state, jax.tree.map(divide, total)
 
     def step(consts: Any, state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
+        given = jax.tree.structure((state.params, state.opt_state))
+        if given not in fitting:
+            _check_opt_state(optimizer, state)
+            fitting.add(given)
         key = jax.random.fold_in(state.key, state.step) if has_key else None
         compute = whole if accumulate == 1 else in_pieces
         mean, model_state, grads = compute(state, batch, key)
@@ -316,6 +330,20 @@ def make_train_step(
     return step
 
 
+def _check_opt_state(optimizer: optax.GradientTransformation, state: TrainState) -> None:
+    """Refuses the state of another optimiser, which some would take without a word."""
+    own, given = (
+        [path for path, _ in leaves_with_paths(tree)]
+        for tree in (jax.eval_shape(optimizer.init, state.params), state.opt_state)
+    )
+    if own != given:
+        shown = lambda paths: ", ".join(paths[:3]) + ", ..." * (len(paths) > 3) or "no leaves"  # noqa: E731
+        fix = "It was made for another optimiser: start with trainer.init(state.params, key=...)."
+        seen, expected = shown(given), f"{shown(own)}, as optimizer.init gives them"
+        text = explain("state", path=".opt_state", seen=seen, expected=expected, fix=fix)
+        raise ValueError(text)
+
+
 def _all_finite(tree: Any) -> jax.Array:
     finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
     return jnp.stack(finite).all() if finite else jnp.ones((), bool)
@@ -335,6 +363,21 @@ def _stays_finite(before: Any, after: Any) -> jax.Array:
 def default_order_key(key: Any) -> Any:
     """Returns the order key of a state whose key is `key`, apart from the keys of its steps."""
     return jax.random.fold_in(key, np.uint32(2**32 - 1))
+
+
+def check_no_state(params: Any) -> None:
+    """Refuses a train state in the place of parameters.
+
+    Args:
+        params: As given.
+
+    Raises:
+        TypeError: If it is a `TrainState`.
+    """
+    if isinstance(params, TrainState):
+        fix = "Pass state.params."
+        text = explain("params", seen="a TrainState", expected="parameters", fix=fix)
+        raise TypeError(text)
 
 
 def as_key(name: str, key: Any) -> Any:

@@ -13,6 +13,7 @@ from jaxhandler.handlers.options import Options
 from jaxhandler.handlers.parts import micro_batched
 from jaxhandler.handlers.program import Program, check_builder
 from jaxhandler.handlers.signatures import check_call
+from jaxhandler.handlers.training import check_no_state
 from jaxhandler.plans import PlanCache
 from jaxhandler.typing import Batch, Callback, Placement, Step
 
@@ -121,6 +122,7 @@ class Validator(Handler):
         return self._means(params, open_source(data), options)
 
     def _means(self, params: Any, source: Source, options: Options) -> dict[str, Any]:
+        check_no_state(params)
         check_rows(source)
         outs = self._fold(self.step, params, (), source, options).outputs
         assert self.program.metrics is not None

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import jaxhandler as jh
+from jaxhandler.data.dtypes import check_dtype
 from tests.data.arrays import ROWS, WIDTH, Sliced, as_memmap, saved
 
 
@@ -344,3 +345,23 @@ def test_a_file_that_is_refused_is_refused_before_the_model_is_called(tmp_path):
     with pytest.raises(ValueError, match=r"x.parquet\['x'\]: saw a null in row 1"):
         calc.calc_from_host((), tmp_path / "x.parquet")
     assert calls == []
+
+
+def test_tables_of_arrow_are_not_taken_for_their_rows():
+    table = pa.table({"x": np.arange(4, dtype=np.float32), "y": np.arange(4, dtype=np.float32)})
+    for each in (table, table.to_batches()[0]):
+        with pytest.raises(TypeError, match=r"data: saw a .*table\[name\]\.to_numpy\(\)"):
+            jh.open_source(each)
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    assert jh.open_source(columns).specs["x"].shape == (4,)
+
+
+def test_arrays_of_a_library_that_numpy_does_not_know_are_named():
+    class Tensor:
+        dtype, shape = "torch.float32", (3,)
+
+        def __getitem__(self, item):
+            raise NotImplementedError
+
+    with pytest.raises(TypeError, match=r"weight: saw a Tensor of torch.float32.*Pass np.asarray"):
+        check_dtype("weight", Tensor())

@@ -86,7 +86,8 @@ def test_nothing_is_compiled_in_for_stopping_until_a_member_has_stopped():
 def test_a_single_model_may_stop_too():
     tr = jh.trainer(loss_fn, optax.adam(0.1), batch_size=8)
     state = tr.init({"w": jnp.ones((3, 2))}, key=KEY)._replace(active=jnp.bool_(False))
-    after, _ = tr.train(state, X)
+    with pytest.warns(UserWarning, match=r"state: saw nothing active.*state._replace\(active"):
+        after, _ = tr.train(state, X)
     np.testing.assert_array_equal(after.params["w"], state.params["w"])
     assert int(after.step) == 0
 
@@ -284,7 +285,13 @@ def test_halving_refuses_what_makes_no_sense():
         jh.halve(jnp.zeros(2), [1, 2], keep=3)
     with pytest.raises(ValueError, match="keep: saw 0"):
         jh.halve(jnp.zeros(2), [1, 2], keep=0)
-    with pytest.raises(ValueError, match="state: saw 3 members, expected 2"):
+    with pytest.raises(
+        ValueError, match="scores: saw 2 scores, expected one for each of 3 members"
+    ):
         jh.halve(jnp.zeros(3), [1, 2], keep=1)
     with pytest.raises(ValueError, match=r"scores: saw shape \[\]"):
         jh.halve(jnp.zeros(3), 1.0, keep=1)
+    with pytest.raises(ValueError, match="scores: saw NaN for all members"):
+        jh.halve(jnp.zeros(2), [np.nan, np.nan], keep=1)
+    with pytest.raises(TypeError, match="scores: saw a dict of 'loss', expected numbers"):
+        jh.halve(jnp.zeros(2), {"loss": [1.0, 2.0]}, keep=1)

@@ -387,3 +387,77 @@ def test_a_step_by_hand_tells_its_total_count_and_finiteness_in_one_array():
     _, broken = jax.jit(tr.step)((), state, batch._replace(data=jnp.full(4, jnp.nan)))
     assert np.isnan(broken.total)
     assert not broken.finite
+
+
+def test_the_state_of_another_optimiser_is_refused():
+    adam, plain = (jh.trainer(errors, each) for each in (optax.adam(0.1), optax.sgd(0.1)))
+    momentum = jh.trainer(errors, optax.sgd(0.1, momentum=0.9))
+    with pytest.raises(
+        ValueError, match=r"state\.opt_state: saw \[0\]\.count, .*expected no leaves"
+    ):
+        plain.train(start(adam), DATA)
+    with pytest.raises(
+        ValueError, match=r"state\.opt_state: .*start with trainer\.init\(state\.params"
+    ):
+        momentum.train(start(adam), DATA)
+
+
+@pytest.mark.parametrize("kind", [bool, np.int32])
+def test_a_loss_without_gradients_is_refused(kind):
+    tr = jh.trainer(lambda params, batch: (errors(params, batch) > 1).astype(kind), optax.sgd(0.1))
+    with pytest.raises(
+        TypeError, match="loss_fn: saw (bool|int32).*an accuracy belongs in a valid"
+    ):
+        tr.train(start(tr), DATA)
+
+
+def test_a_loss_alone_where_a_state_is_asked_for_is_named():
+    tr = jh.trainer(
+        lambda params, state, batch: errors(params, batch), optax.sgd(0.1), has_state=True
+    )
+    state = start(tr, model_state={"n": jnp.zeros(())})
+    with pytest.raises(
+        TypeError, match=r"loss_fn: saw float32\[128\], expected \(loss, model_state"
+    ):
+        tr.train(state, DATA)
+
+
+def test_an_axis_as_long_as_a_batch_is_not_taken_for_the_rows():
+    rows = np.ones((20, 4), np.float32)
+    tr = jh.trainer(lambda w, x: ((x - w) ** 2).mean(0), optax.sgd(0.1), batch_size=4)
+    state = tr.init(jnp.zeros(4), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="loss_fn: saw float32.4. for a batch of 5 rows"):
+        tr.train(state, rows)
+    val = jh.validator({"mean": lambda w, x: x.mean(0)}, batch_size=4)
+    with pytest.raises(ValueError, match="saw float32.4. for a batch of 5 rows"):
+        val.validate((), rows)
+    for wrong in (lambda w, x: x.T, lambda w, x: x.sum(0)):
+        with pytest.raises(ValueError, match="outputs: saw .* for a batch of 5 rows") as caught:
+            jh.calculator(wrong, batch_size=4).calc_from_host((), rows)
+        assert "another axis is 4 long" in caught.value.__notes__[0]
+
+
+def test_a_function_of_one_batch_size_only_is_taken_as_it_is():
+    whole = jh.calculator(lambda w, x: x.reshape(2, 2, 4).sum(1).repeat(2, 0) + w, batch_size=4)
+    rows = np.ones((8, 4), np.float32)
+    np.testing.assert_array_equal(whole.calc_from_host(1.0, rows), np.full((8, 4), 3.0))
+
+
+def test_what_is_given_in_the_place_of_something_else_is_named():
+    tr = jh.trainer(errors, optax.sgd(0.1))
+    state = start(tr)
+    many = jh.ensemble(tr, members=2)
+    members = many.init(jh.replicate(fresh_params(), 2), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="state: saw the state of 2 members, expected that of one"):
+        tr.train(members, DATA)
+    with pytest.raises(TypeError, match="state: saw a dict, expected a TrainState"):
+        tr.train_from_host(DATA, state)
+    val = jh.validator({"error": errors})
+    with pytest.raises(TypeError, match="params: saw a TrainState, expected parameters"):
+        val.validate(state, DATA)
+    calc = jh.calculator(lambda params, batch: batch["y"])
+    for run in (calc.calc, calc.calc_from_host, calc.iter_from_host):
+        with pytest.raises(TypeError, match="params: saw a TrainState, expected parameters"):
+            list(run(state, DATA))
+    with pytest.raises(ValueError, match=r"key: saw keys \[2\], expected one"):
+        tr.init(fresh_params(), key=jax.random.split(jax.random.key(0)))
