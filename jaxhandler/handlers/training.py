@@ -154,7 +154,7 @@ def init_state(
     """Makes a `TrainState`; see `Trainer.init`."""
     for path, leaf in leaves_with_paths(params):
         dtype = getattr(leaf, "dtype", None)
-        if dtype is not None and not isinstance(leaf, jax.Array):
+        if isinstance(leaf, float) or (dtype is not None and not isinstance(leaf, jax.Array)):
             check_leaf(f"params{path}", leaf)
         if not isinstance(leaf, float) and (
             dtype is None or not jax.dtypes.issubdtype(dtype, np.inexact)
