@@ -22,10 +22,12 @@ __all__ = ["Strategies"]
 _VMAP = Strategy("vmap")
 _LARGEST_ARGS = 2**28
 _LARGEST_CHUNK = 10
-_ROUNDS = 5
+_ROUNDS = 15
 _SECONDS = 0.5
+# Calls that take less come several times: one by itself would time whatever disturbed it.
+_SHORTEST = 0.003
 _HOPELESS = 4
-_MARGIN = 0.97
+_MARGIN = 0.95
 
 # What may call the user's code on the host, or never end, besides what has effects.
 _NOT_TRIED = {"pure_callback", "while"}
@@ -35,7 +37,7 @@ class Strategies:
     """Gives the strategy of a call: the one asked for, or the fastest of a short trial.
 
     A trial compiles each candidate and runs it on made-up numbers, the candidates by turns, for
-    half a second at most. The shortest time wins; that of `vmap` unless another beats it by 3 %.
+    half a second at most. The shortest time wins; that of `vmap` unless another beats it by 5 %.
     Candidates are `vmap`, a map of single members and one of about ten at a time; in a run on one
     CPU groups of some sizes instead (see `best_group`). There is no trial for one member, nor of
     arguments of more than 256 MiB, which it would hold twice, nor for a function that calls the
@@ -210,10 +212,11 @@ def _fastest(rivals: dict[Strategy, Callable[..., Any]], args: tuple[Any, ...]) 
     times: dict[Strategy, list[float]] = {
         strategy: [] for strategy, seconds in first.items() if seconds <= bearable
     }
+    calls = {strategy: 1 + int(_SHORTEST / first[strategy]) for strategy in times}
     stop = time.perf_counter() + _SECONDS
     for _ in range(_ROUNDS):
         for strategy, found in times.items():
-            found.append(_seconds(rivals[strategy], args))
+            found.append(_seconds(rivals[strategy], args, calls[strategy]))
         if time.perf_counter() > stop:
             break
     shortest = {strategy: min(found) for strategy, found in times.items()}
@@ -242,13 +245,15 @@ def _made_up(spec: Any) -> np.ndarray:
     return np.zeros(spec.shape, spec.dtype)
 
 
-def _seconds(plan: Callable[..., Any], args: tuple[Any, ...]) -> float:
+def _seconds(plan: Callable[..., Any], args: tuple[Any, ...], calls: int = 1) -> float:
+    """Returns how long one of so many calls takes."""
     start = time.perf_counter()
     try:
-        jax.block_until_ready(plan(*args))
+        for _ in range(calls):
+            jax.block_until_ready(plan(*args))
     except jax.errors.JaxRuntimeError as error:
         if not is_shortage(error):
             raise
         # What does not fit the device is no rival to what does.
         return math.inf
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
