@@ -83,8 +83,9 @@ class Work:
         self.traced = traced._replace(out=self.groups.joined_types(traced.out))
         # Until a plan has run, it is the caller's; without rows, none does.
         self._lent, self.passes_on = True, bool(jax.tree.leaves(carry))
-        if program.donate and not options.dry and not jax.tree.leaves(specs)[0].shape[0]:
-            self.carries = owned(self.carries)
+        if self.passes_on and not options.dry and not jax.tree.leaves(specs)[0].shape[0]:
+            # Copies are made behind the caller's back, and whose memory it is may change it at once.
+            self.carries = jax.block_until_ready(owned(self.carries))
         self.plans = Plans(program, traced.step, self._keys, pinned(self.carries[0]))
 
     def trace(self, step: Step, rows: int) -> Traced:
