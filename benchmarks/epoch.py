@@ -9,10 +9,11 @@ new one in every epoch. The peers, all in one process, each warmed up, on the sa
 - keras: `predict`, `evaluate` and `fit` on Keras' JAX backend, on NumPy arrays;
 - device: jaxhandler over rows on the device (`calc`, `validate`, `train`);
 - host: jaxhandler over NumPy arrays (`calc_from_host` and so on);
-- plain: as device, of a model with convolutions, with `fast_conv=False`.
+- plain: as device, with `fast_conv=False`, where that makes a difference.
 
-jaxhandler rewrites the convolutions of LeNet-5, which no peer does; `plain/best` says what its
-loop itself costs. And it computes macrobatches of predictions and evaluations side by side.
+jaxhandler rewrites the convolutions of LeNet-5 and, where it fits, the gradients of the last
+layers, which no peer does; `plain/best` says what its loop itself costs. And it computes
+macrobatches of predictions and evaluations side by side.
 `device/best` divides by the best of the three loops; `host/loop` by the one that, like it, starts
 from NumPy arrays; `device/keras` and `host/keras` by Keras.
 """
@@ -33,7 +34,7 @@ import numpy as np
 
 from benchmarks.common import arguments, best_of, interleaved, median, ratio, report, spread
 from benchmarks.models import MODELS, Task, make_task
-from benchmarks.peers import CONVOLVING, HAND, PEERS, Peer
+from benchmarks.peers import HAND, PEERS, PLAIN, Peer
 
 _COLUMNS = (
     "model", "task", "scan ms", "slices ms", "loop ms", "keras ms", "device ms", "host ms",
@@ -81,8 +82,8 @@ def _note_compile(event: str, duration_secs: float, **kwargs: Any) -> None:
 
 def _row(task: Task, name: str, rounds: int) -> dict[str, Any]:
     """Times one task of one model with every peer."""
-    convolves = any(len(shape) > 2 for shape in task.model.weights)
-    makers = {**PEERS, **CONVOLVING} if convolves else PEERS
+    rewritten = any(len(shape) > 2 for shape in task.model.weights) or name.startswith("fit")
+    makers = {**PEERS, **PLAIN} if rewritten else PEERS
     peers = {peer: make(task) for peer, make in makers.items()}
     _check_agreement(name, {peer: _TASKS[name](made) for peer, made in peers.items()})
     # The first call compiles; a second one finds what the first has left behind.
@@ -93,7 +94,7 @@ def _row(task: Task, name: str, rounds: int) -> dict[str, Any]:
     times = interleaved(runs, rounds)
     best = best_of(times, list(HAND))
     bases = {"device/best": ("device", best), "host/loop": ("host", "loop")}
-    bases |= {"plain/best": ("plain", best)} if convolves else {}
+    bases |= {"plain/best": ("plain", best)} if rewritten else {}
     bases |= {"device/keras": ("device", "keras"), "host/keras": ("host", "keras")}
     return {
         "model": task.model.name,

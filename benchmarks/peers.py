@@ -15,7 +15,7 @@ import optax
 import jaxhandler as jh
 from benchmarks.models import LEARNING_RATE, Task, keras_model, loss_fn, row_losses
 
-__all__ = ["CONVOLVING", "HAND", "PEERS", "Peer"]
+__all__ = ["HAND", "PEERS", "PLAIN", "Peer"]
 
 
 class Peer(Protocol):
@@ -267,7 +267,7 @@ class Device(_Handlers):
 
 
 class Plain(Device):
-    """The same, with convolutions as the peers have them."""
+    """The same, with convolutions and gradients as the peers have them."""
 
     options: ClassVar[dict[str, Any]] = {"fast_conv": False}
 
@@ -288,5 +288,5 @@ class Host(_Handlers):
 
 HAND: dict[str, type[Peer]] = {"scan": Scan, "slices": Slices, "loop": Loop}
 PEERS: dict[str, type[Peer]] = {**HAND, "keras": Keras, "device": Device, "host": Host}
-# Where convolutions are rewritten.
-CONVOLVING: dict[str, type[Peer]] = {"plain": Plain}
+# Where steps are rewritten.
+PLAIN: dict[str, type[Peer]] = {"plain": Plain}

@@ -20,7 +20,7 @@ from jaxhandler.handlers.program import Program
 from jaxhandler.handlers.trainer import Trainer
 from jaxhandler.handlers.training import as_key, default_order_key
 from jaxhandler.handlers.validator import Validator
-from jaxhandler.models.rewriting import rewritten
+from jaxhandler.models.rewriting import FastProducts, rewritten
 from jaxhandler.trees import leaf_axes
 from jaxhandler.typing import Placement, Step
 
@@ -69,7 +69,8 @@ def ensemble(
             and takes the fastest, or "vmap" where it may not try (`while_loop`s, and calls of the
             host). See `program.strategies.chosen`.
         chunk: Members at a time of a "map", or of a group.
-        fast_conv: Whether `jh.fast_conv` rewrites convolutions, where that pays; "auto" does.
+        fast_conv: Whether `jh.fast_conv` rewrites convolutions, where that pays, and members that
+            train by themselves take the products that a single one takes; "auto" does.
         sharding: Lays members over devices: `NamedSharding(mesh, PartitionSpec(axis))`, or the spec
             alone under `jax.set_mesh`. If they do not divide, some devices compute one twice.
 
@@ -128,14 +129,19 @@ def ensemble(
         reduce_fn=reduce_fn,
     )
 
+    fast_products = bool(fast_conv) and program.fast_products
+
     def make_step(fn: Any, **options: Any) -> Step:
         forms = [rewritten(fn, members=many) if fast_conv else fn for many in (True, False)]
         one, alone = (program.make_step(form, **options) for form in forms)
+        # Here, so that trials know what a member by itself will take.
+        alone = FastProducts(alone) if fast_products else alone
         return MembersStep(one, alone, layout, strategies)
 
     return program.build(
         program._replace(
             fast_conv=False,
+            fast_products=fast_products,
             make_step=make_step,
             init=None if program.init is None else _init_of(program, members),
             row_axis=0 if reduce_fn else 1,

@@ -51,6 +51,8 @@ class Program(NamedTuple):
             random keys in it come as their numbers.
         on_batch_finish: Called after each batch.
         fast_conv: Whether steps come in two forms.
+        fast_products: Whether products inside of a step, those of its gradients above all, take the
+            forms that are fast on a CPU.
         row_axis: Where the rows are in the output leaves.
         carry_axes: Where members would be in the leaves of the carry, as `jax.vmap` takes it.
         members: Models that the step runs at once; None for one model without a member axis.
@@ -76,6 +78,7 @@ class Program(NamedTuple):
     next_epoch: Callable[[Any, int], Any] | None = None
     on_batch_finish: Callback | None = None
     fast_conv: bool = False
+    fast_products: bool = False
     row_axis: int = 0
     carry_axes: Any = 0
     members: int | None = None

@@ -13,6 +13,7 @@ from jaxhandler.errors import a_type, explain, form
 from jaxhandler.handlers.jaxprs import calls_host, convolves, digest_jaxpr
 from jaxhandler.handlers.outputs import pack
 from jaxhandler.handlers.program import Program, TwoForms
+from jaxhandler.models.rewriting import FastProducts
 from jaxhandler.plans import compile_plan, signature
 from jaxhandler.trees import is_key, leaves_with_paths
 from jaxhandler.typing import Batch, Step
@@ -95,8 +96,10 @@ def trace_step(
             if 1 < rows in _lengths((consts, carry), specs):
                 _check_longer(program, fresh, (consts, typed, *batch_of(rows + 1)), rows + 1)
         jaxpr = traced.jaxpr
-        digest = digest_jaxpr(jaxpr) if digested else ""
-        return Traced(step, out, convolves(jaxpr), calls_host(jaxpr), digest)
+        digest, calls = digest_jaxpr(jaxpr) if digested else "", calls_host(jaxpr)
+        if program.fast_products and not calls and FastProducts.changes(jaxpr):
+            step = FastProducts(step)
+        return Traced(step, out, convolves(jaxpr), calls, digest)
 
     def choose() -> Traced:
         traced = trace(step)

@@ -285,7 +285,8 @@ def trainer(
             CPU where a convolution is left in the loss, which XLA slows down threefold in a scan.
         on_batch_finish: Called with a `Progress` after every batch; makes "auto" a loop.
         fast_conv: Whether convolutions of few channels take the forms that are fast on a CPU, those
-            of `jh.fast_conv(fn, members=False)`; "auto" does. Results differ by rounding.
+            of `jh.fast_conv(fn, members=False)`, and so do the products that are gradients of
+            narrow layers; "auto" does. Results differ by rounding.
         plans: A `jh.PlanCache` to share; None makes a new one.
 
     Returns:
@@ -361,6 +362,7 @@ def trainer(
             next_epoch=_next_epoch,
             on_batch_finish=on_batch_finish,
             fast_conv=bool(fast_conv),
+            fast_products=bool(fast_conv),
             # The order is drawn once for all members.
             carry_axes=TrainState(0, 0, 0, 0, None, 0, 0, 0),
         ),

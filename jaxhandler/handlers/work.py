@@ -84,7 +84,7 @@ class Work:
         # Until a plan has run, it is the caller's; without rows, none does.
         self._lent, self.passes_on = True, bool(jax.tree.leaves(carry))
         if self.passes_on and not options.dry and not jax.tree.leaves(specs)[0].shape[0]:
-            # Copies are made behind the caller's back, and whose memory it is may change it at once.
+            # Copies are made behind the caller's back, who may change what they are made of.
             self.carries = jax.block_until_ready(owned(self.carries))
         self.plans = Plans(program, traced.step, self._keys, pinned(self.carries[0]))
 

@@ -1,6 +1,7 @@
 """Evaluates a jaxpr with other forms of some of its equations, through the jaxprs inside it."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,21 +12,26 @@ from jax.extend.core import primitives
 from jaxhandler.models.convolutions import convolution_form, single_form
 from jaxhandler.models.forms import Form
 from jaxhandler.models.pooling import max_pool_form, single_pool_form, sum_pool_form
+from jaxhandler.models.products import product_form
 
-__all__ = ["Rewriter"]
+__all__ = ["FORMS", "PRODUCTS", "SINGLE_FORMS", "Rewriter"]
+
+Forms = Mapping[core.Primitive, Callable[[Any], Form | None]]
 
 # What is put in the place of an equation, by its primitive.
-FORMS: dict[core.Primitive, Callable[[Any], Form | None]] = {
+FORMS: Forms = {
     primitives.conv_general_dilated_p: convolution_form,
     primitives.reduce_window_max_p: max_pool_form,
     primitives.reduce_window_sum_p: sum_pool_form,
 }
 # The same for one model, which is not batched over its parameters.
-SINGLE_FORMS = {
+SINGLE_FORMS: Forms = {
     primitives.conv_general_dilated_p: single_form,
     primitives.reduce_window_max_p: single_pool_form(max_pool_form),
     primitives.reduce_window_sum_p: single_pool_form(sum_pool_form),
 }
+# And for what contains gradients already.
+PRODUCTS: Forms = {primitives.dot_general_p: product_form}
 # Primitives that stay what they are when their functions are replaced. A function with a derivative
 # rule of its own keeps the rule.
 ENTERED = {
@@ -43,8 +49,8 @@ ENTERED = {
 class Rewriter:
     """Evaluates jaxprs with other forms in them; a jaxpr that occurs twice is rewritten once."""
 
-    def __init__(self, *, members: bool = True) -> None:
-        self._forms = FORMS if members else SINGLE_FORMS
+    def __init__(self, forms: Forms) -> None:
+        self._forms = forms
         self._changes: dict[int, bool] = {}
         self._rewritten: dict[int, core.ClosedJaxpr] = {}
 
@@ -73,7 +79,9 @@ class Rewriter:
 
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
-            with eqn.ctx.manager:
+            # Profiles call it what the user does.
+            name = str(eqn.source_info.name_stack)
+            with eqn.ctx.manager, jax.named_scope(name) if name else contextlib.nullcontext():
                 form = self._form(eqn)
                 results = form(*operands) if form else self._bind(eqn, operands)
             many = eqn.primitive.multiple_results

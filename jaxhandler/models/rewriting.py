@@ -1,7 +1,8 @@
-"""`jh.fast_conv`: a function whose convolutions and pools are those that are fast."""
+"""Functions and steps that compute the same in forms that are fast: `jh.fast_conv` and others."""
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler.errors import a_type, explain
+from jaxhandler.typing import Batch, Step
 
-__all__ = ["fast_conv", "rewritten"]
+__all__ = ["FastProducts", "fast_conv", "rewritten"]
 
 
 def fast_conv(fn: Callable[..., Any], *, members: bool = True) -> Callable[..., Any]:
@@ -70,29 +72,10 @@ def fast_conv(fn: Callable[..., Any], *, members: bool = True) -> Callable[..., 
 
     @functools.wraps(fn)
     def fast(*args: Any, **kwargs: Any) -> Any:
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        arrays = [leaf for leaf in leaves if _is_array(leaf)]
-
-        def of_arrays(*arrays: Any) -> Any:
-            given = iter(arrays)
-            inner = [next(given) if _is_array(leaf) else leaf for leaf in leaves]
-            args, kwargs = tree.unflatten(inner)
-            return fn(*args, **kwargs)
-
         # It needs jax.extend, which takes long to import.
-        from jaxhandler.models.interpreter import Rewriter
+        from jaxhandler.models.interpreter import FORMS, SINGLE_FORMS
 
-        try:
-            traced = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
-        except Exception:  # Whatever it is, the function itself says it best.
-            traced = None
-        rewriter = Rewriter(members=members)
-        if traced is None or not rewriter.changes(traced[0].jaxpr):
-            return fn(*args, **kwargs)
-        closed, shapes = traced
-        outputs = rewriter.evaluate(closed.jaxpr, closed.consts, arrays)
-        # What depends on no argument comes as a literal.
-        return jax.tree.structure(shapes).unflatten(map(jnp.asarray, outputs))
+        return _evaluate(fn, FORMS if members else SINGLE_FORMS, args, kwargs)
 
     return fast
 
@@ -111,6 +94,66 @@ def rewritten(fn: Any, *, members: bool) -> Any:
     if isinstance(fn, Mapping):
         return {name: fast_conv(each, members=members) for name, each in fn.items()}
     return fast_conv(fn, members=members)
+
+
+@dataclass(frozen=True)
+class FastProducts:
+    """A step with its sums over rows of few columns as they are fast where one model runs on a CPU.
+
+    Attributes:
+        step: The step, gradients and all. Two of the same step are equal.
+
+    Example:
+        >>> double = FastProducts(lambda consts, carry, batch: (carry, 2 * batch))
+        >>> double((), (), jnp.ones(2))
+        ((), Array([2., 2.], dtype=float32))
+    """
+
+    step: Step
+
+    def __call__(self, consts: Any, carry: Any, batch: Batch, /) -> tuple[Any, Any]:
+        from jaxhandler.models.interpreter import PRODUCTS
+
+        return _evaluate(self.step, PRODUCTS, (consts, carry, batch), {})
+
+    @staticmethod
+    def changes(jaxpr: Any) -> bool:
+        """Returns whether there is anything in the jaxpr of a step that is faster.
+
+        Args:
+            jaxpr: A `jax.core.ClosedJaxpr`.
+        """
+        if jax.default_backend() != "cpu":
+            return False
+        from jaxhandler.models.interpreter import PRODUCTS, Rewriter
+
+        return Rewriter(PRODUCTS).changes(jaxpr.jaxpr)
+
+
+def _evaluate(fn: Callable[..., Any], forms: Any, args: Any, kwargs: Any) -> Any:
+    """What a function gives, computed with other forms where there are any."""
+    from jaxhandler.models.interpreter import Rewriter
+
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    arrays = [leaf for leaf in leaves if _is_array(leaf)]
+
+    def of_arrays(*arrays: Any) -> Any:
+        given = iter(arrays)
+        inner = [next(given) if _is_array(leaf) else leaf for leaf in leaves]
+        args, kwargs = tree.unflatten(inner)
+        return fn(*args, **kwargs)
+
+    try:
+        traced = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
+    except Exception:  # Whatever it is, the function itself says it best.
+        traced = None
+    rewriter = Rewriter(forms)
+    if traced is None or not rewriter.changes(traced[0].jaxpr):
+        return fn(*args, **kwargs)
+    closed, shapes = traced
+    outputs = rewriter.evaluate(closed.jaxpr, closed.consts, arrays)
+    # What depends on no argument comes as a literal.
+    return jax.tree.structure(shapes).unflatten(map(jnp.asarray, outputs))
 
 
 def _is_array(leaf: object) -> bool:
