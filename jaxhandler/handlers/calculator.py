@@ -197,6 +197,7 @@ class Calculator(Handler):
             with refusing(self.program, options, params):
                 run = Run(self.program, self.step, params, (), source, options)
                 for finished in folding(run, run.open_sink("blocks")):
+                    run.watch.leave()
                     yield finished.block
 
         return blocks()

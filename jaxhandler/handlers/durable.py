@@ -157,6 +157,7 @@ def _fold(
 
     def finished(macrobatch: Finished) -> None:
         if on_finished is not None:
+            run.watch.leave()
             on_finished(macrobatch)
         blocks.append(macrobatch.block)
         saver.check()

@@ -82,6 +82,7 @@ def fold(
     def finished(macrobatch: Finished) -> None:
         blocks.append(macrobatch.block)
         if on_finished is not None:
+            run.watch.leave()
             on_finished(macrobatch)
 
     result = consume(folding(run, run.open_sink(out)), finished)
@@ -151,7 +152,12 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
     writer = Lane("jaxhandler-write" if isinstance(sink, FileSink) else None)
     calls = options.on_macrobatch_start or options.on_macrobatch_finish or program.on_batch_finish
     late = calls or isinstance(sink, FileSink) or not (run.at_hand or options.resident)
-    run.watch = Watch(run.clock, "jaxhandler-watch" if late else None, lambda: run.work.plans.built)
+    run.watch = Watch(
+        run.clock,
+        "jaxhandler-watch" if late else None,
+        lambda: run.work.plans.built,
+        always=isinstance(sink, FileSink),
+    )
     bar = _open_bar(options)
     pending: deque[_UnderWay] = deque()
     blocks: list[Any] = []
@@ -166,6 +172,8 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
             return None
         block = join(blocks, program.row_axis if program.outputs == "rows" else 0)
         blocks.clear()
+        if bar is not None:
+            run.watch.leave()
         if bar is not None and program.metrics is not None:
             told = added(told, block) if adds_up and told is not None else block
         if bar is not None:

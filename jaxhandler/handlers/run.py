@@ -246,7 +246,7 @@ class Run:
     def read(self, lane: Lane) -> Iterator[Part]:
         """Yields macrobatches in host memory, in parts if need be, in the order visited."""
         options, program, share = self.options, self.program, self.rations.share
-        layout, first = self.layout, self._batches
+        layout, first, loaded, taken = self.layout, self._batches, 0, 0
         if share.batches is not None:
             # A part is like a short macrobatch: single batches, a plan that most runs have.
             layout = layout._replace(scan=False, gather=False, fill=False)
@@ -270,11 +270,18 @@ class Run:
                 skipped = 0
 
         def read(visit: Visit) -> Macrobatch:
+            nonlocal loaded
             self.let_go()
             with self.clock.measure("read"):
-                return load(self.source, visit, layout, borrow=self.borrows)
+                host = load(self.source, visit, layout, borrow=self.borrows)
+            loaded += 1
+            return host
 
         def wait(result: Callable[[], Macrobatch]) -> Macrobatch:
+            nonlocal taken
+            if taken == loaded:
+                self.watch.leave()
+            taken += 1
             with self.clock.measure("wait"):
                 return result()
 

@@ -1,7 +1,9 @@
 """When the device was busy, and when callbacks left it without work."""
 
 import contextlib
+import functools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import jax
@@ -21,12 +23,17 @@ class Watch:
             work is done: reading, writing or calling back. None waits when it is asked for.
         built: When the loop was last back from compiling, which may hide when work was done from
             who waits late.
+        always: Whether the thread waits for all work; else it does from `leave` on, since handing
+            over takes time of a core that computing wants.
     """
 
-    def __init__(self, clock: Clock, name: str | None, built: Callable[[], float]) -> None:
-        self._clock = clock
-        self._lane = Lane(name)
-        self._away = built if name is None else lambda: 0.0
+    def __init__(
+        self, clock: Clock, name: str | None, built: Callable[[], float], *, always: bool = False
+    ) -> None:
+        self._clock, self._built = clock, built
+        self._lane = None if name is None else Lane(name)
+        self._always = always
+        self._waits: deque[_Wait] = deque()
         self._begun = self._ended = 0
         self._ready = clock.start
 
@@ -37,14 +44,25 @@ class Watch:
             outs: What the work puts out.
         """
         self._begun += 1
-        return self._lane.submit(self._until_ready, outs)
+        wait = _Wait(functools.partial(self._until_ready, outs), self._waits)
+        if self._always:
+            self.leave()
+        return wait
 
-    def _until_ready(self, outs: Outputs) -> None:
+    def leave(self) -> None:
+        """Has the thread wait for what is under way: the loop is about to be elsewhere."""
+        if self._lane is None:
+            return
+        while self._waits:
+            wait = self._waits.popleft()
+            wait.result = self._lane.submit(wait.result, lambda: 0.0)
+
+    def _until_ready(self, outs: Outputs, away: Callable[[], float] | None = None) -> None:
         try:
             jax.block_until_ready(outs.outs)
         finally:
             ready = time.perf_counter()
-            since = max(outs.start, self._ready, self._away())
+            since = max(outs.start, self._ready, (away or self._built)())
             self._clock.note("compute", min(since, ready), ready)
             self._ready = ready
             self._ended += 1
@@ -52,6 +70,7 @@ class Watch:
     @contextlib.contextmanager
     def calling_back(self) -> Iterator[None]:
         """Notes how long the device has had nothing to do when the block ends."""
+        self.leave()
         start = time.perf_counter()
         try:
             yield
@@ -60,5 +79,20 @@ class Watch:
                 self._clock.note("callback", max(start, self._ready), time.perf_counter())
 
     def close(self) -> None:
-        """Ends the thread."""
-        self._lane.close()
+        """Ends the thread, and lets go of outputs that nobody has waited for."""
+        self._waits.clear()
+        if self._lane is not None:
+            self._lane.close()
+
+
+class _Wait:
+    """Waits for work, by itself or for the thread that does; once."""
+
+    def __init__(self, until_ready: Callable[..., None], waits: "deque[_Wait]") -> None:
+        self.result, self._waits = until_ready, waits
+        waits.append(self)
+
+    def __call__(self) -> None:
+        if self in self._waits:
+            self._waits.remove(self)
+        self.result()

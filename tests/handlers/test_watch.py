@@ -146,3 +146,31 @@ def test_a_training_without_callbacks_is_watched_too(path):
         _, info = trainer.train_from_host(state, data, macrobatch_size=16, shuffle=None)
         assert 0.05 <= info.report.compute <= info.report.total
     assert seen
+
+
+def test_a_thread_waits_only_for_what_the_loop_leaves_alone(monkeypatch):
+    from jaxhandler.data.stream import Lane
+
+    handed = []
+    submit = Lane.submit
+
+    def spy(self, fn, *args):
+        handed.append(getattr(getattr(fn, "func", fn), "__name__", ""))
+        return submit(self, fn, *args)
+
+    monkeypatch.setattr(Lane, "submit", spy)
+
+    class Rows:
+        shape, dtype = ROWS.shape, ROWS.dtype
+        wait = 0.0
+
+        def __getitem__(self, rows):
+            time.sleep(self.wait)
+            return ROWS[rows]
+
+    source, calc = Rows(), jh.calculator(slow(0.1), batch_size=4, mode="loop")
+    for source.wait in (0.0, 0.4):
+        handed.clear()
+        calc.calc_from_host((), source, macrobatch_size=8)
+        # The first rows are always waited for, and before them there is nothing to watch.
+        assert ("_until_ready" in handed) == (source.wait > 0)
