@@ -1,18 +1,17 @@
 """Where outputs go: memory, the device, a file, or a folder."""
 
-import math
+import contextlib
 import os
 import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxhandler import files
 from jaxhandler.checksums import checksum
-from jaxhandler.data.buffers import aligned_empty
+from jaxhandler.data.memory_sinks import DeviceSink, HostSink
 from jaxhandler.data.origins import check_not_read
 from jaxhandler.data.sources import open_source
 from jaxhandler.data.writers.arrow import ARROW, PARQUET
@@ -20,19 +19,17 @@ from jaxhandler.data.writers.format import Format, Resumable, Writer, describe
 from jaxhandler.data.writers.hdf5 import HDF5
 from jaxhandler.data.writers.npy import NPY, NPY_FOLDER
 from jaxhandler.data.writers.zarr import ZARR
-from jaxhandler.errors import a_type, explain, extra
+from jaxhandler.errors import a_type, explain, extra, warn
 from jaxhandler.trees import is_key, leaves_with_paths
 
 __all__ = [
     "FORMATS",
-    "BlockSink",
-    "DeviceSink",
     "FileSink",
-    "HostSink",
     "Sink",
     "check_resumable",
     "check_sink",
     "open_sink",
+    "warn_of_stopped",
 ]
 
 FORMATS: dict[str, Format] = {
@@ -162,90 +159,6 @@ def check_resumable(out: Any) -> None:
         )
 
 
-class HostSink:
-    """Joins outputs in host memory, allocated once."""
-
-    def __init__(self, specs: Any, row_axis: int) -> None:
-        leaves = [_allocated(path, spec) for path, spec in leaves_with_paths(specs)]
-        self._arrays = jax.tree.structure(specs).unflatten(leaves)
-        self._axis = row_axis
-
-    def write(self, start: int, pieces: list[Any]) -> None:
-        before = (slice(None),) * self._axis
-        wholes, leaves = jax.tree.leaves(self._arrays), jax.tree.leaves(pieces)
-        for place, whole in enumerate(wholes):
-            parts = [np.asarray(part) for part in leaves[place :: len(wholes)]]
-            stop = start + sum([part.shape[self._axis] for part in parts])
-            np.concatenate(parts, axis=self._axis, out=whole[(*before, slice(start, stop))])
-
-    def finish(self) -> Any:
-        return self._arrays
-
-    def abort(self) -> None:
-        self._arrays = None
-
-
-def _allocated(path: str, spec: Any) -> np.ndarray:
-    try:
-        return aligned_empty(spec.shape, np.dtype(spec.dtype))
-    except MemoryError as error:
-        size = math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
-        seen = f"{size:,} bytes for {spec.dtype}{list(spec.shape)}"
-        fix = "Write them to a path with out=, or take them block by block."
-        expected = "outputs that host memory has room for"
-        text = explain("outputs", path=path, seen=seen, expected=expected, fix=fix)
-        raise MemoryError(text) from error
-
-
-class DeviceSink:
-    """Joins outputs into JAX arrays; on CPU as they come, without any compiled operation."""
-
-    def __init__(self, specs: Any, row_axis: int) -> None:
-        self._specs, self._axis = specs, row_axis
-        self._pieces: list[Any] = []
-        self._host: HostSink | None = None
-
-    def write(self, start: int, pieces: list[Any]) -> None:
-        arrays = jax.tree.leaves(pieces[0])
-        whole = arrays[0].shape == jax.tree.leaves(self._specs)[0].shape
-        if whole or not all(map(_on_host, arrays)):
-            return self._pieces.extend(pieces)
-        if self._host is None:
-            self._host = HostSink(self._specs, self._axis)
-        self._host.write(start, pieces)
-
-    def finish(self) -> Any:
-        pieces, self._pieces = self._pieces, []
-        if not pieces:
-            sink, self._host = self._host or HostSink(self._specs, self._axis), None
-            return jax.device_put(sink.finish())
-        if len(pieces) == 1:
-            return jax.device_put(pieces[0])
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=self._axis), *pieces)
-
-    def abort(self) -> None:
-        self._pieces, self._host = [], None
-
-
-class BlockSink:
-    """Keeps nothing: every write gives the block back, for those who consume them as they come."""
-
-    def __init__(self, row_axis: int = 0) -> None:
-        self._axis = row_axis
-
-    def write(self, start: int, pieces: list[Any]) -> Any:
-        def join(*parts: Any) -> np.ndarray:
-            return np.concatenate([np.asarray(part) for part in parts], axis=self._axis)
-
-        return jax.tree.map(join, *pieces)
-
-    def finish(self) -> Any:
-        return None
-
-    def abort(self) -> None:
-        pass
-
-
 class FileSink:
     """Writes outputs to `path.partial`, which becomes `path` when the last row is on disk.
 
@@ -285,6 +198,7 @@ class FileSink:
         rows = {"rows": output.num_rows, "row_axis": row_axis}
         self._manifest = {"kind": "rows", **rows, "run": self._run}
         self._published = mark is not None and self._is_published()
+        self._kept = False
         if mark is None:
             files.remove(partial)
             if form.folder:
@@ -332,6 +246,11 @@ class FileSink:
         if self._published:
             return content, []
         assert isinstance(self._writer, Resumable)
+        if not self._kept:
+            # Whoever would replace it shall know that a checkpoint refers to it.
+            unfinished = {**self._manifest, "complete": False, "kept": True}
+            files.write_manifest(files.manifest_of(files.partial_of(self._path)), unfinished)
+            self._kept = True
         written = self._writer.mark()
         return {**content, "writer": written.content}, written.files
 
@@ -367,9 +286,27 @@ class FileSink:
             text = explain(str(missing), seen="nothing of ours", expected=expected, fix=fix)
             raise FileNotFoundError(text)
         if manifest.get("run") != self._run:
-            fix = "Give each run an output of its own."
+            fix = (
+                "Give each run an output of its own. One that was stopped cannot go on: delete its "
+            )
+            fix += "checkpoint to begin it again."
             seen, expected = "another run that writes there", "one at a time"
             raise FileExistsError(explain(str(self._path), seen=seen, expected=expected, fix=fix))
+
+
+def warn_of_stopped(out: Any) -> None:
+    """Warns where an output is begun that a stopped run would go on with.
+
+    Args:
+        out: As in `open_sink`, of a run without a checkpoint.
+    """
+    if isinstance(out, str | os.PathLike):
+        partial = files.partial_of(Path(out))
+        with contextlib.suppress(OSError, ValueError):
+            if (files.read_manifest(files.manifest_of(partial)) or {}).get("kept"):
+                seen, expected = "rows of a stopped run with a checkpoint", "that run to go on"
+                fix = "They are replaced now; delete its checkpoint, too."
+                warn(explain(str(out), seen=seen, expected=expected, fix=fix))
 
 
 def _replaceable(place: Path, *, folder: bool) -> bool:
@@ -382,11 +319,3 @@ def _replaceable(place: Path, *, folder: bool) -> bool:
     half = f".{files.MANIFEST}."
     empty = folder and all(each.name.startswith(half) for each in place.iterdir())
     return not folder or empty or files.read_manifest(files.manifest_of(place)) is not None
-
-
-def _on_host(array: Any) -> bool:
-    if isinstance(array, np.ndarray):
-        return True
-    if is_key(array):
-        return False
-    return all(device.platform == "cpu" for device in array.devices())

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 
+from jaxhandler.data.memory_sinks import BlockSink
 from jaxhandler.data.order import Visit, num_visits, visits
 from jaxhandler.data.placement import replicate_like, resolve_sharding, stand_in
-from jaxhandler.data.sinks import BlockSink, Sink, open_sink
+from jaxhandler.data.sinks import Sink, open_sink
 from jaxhandler.data.sizing import resolve_macrobatch, row_bytes
 from jaxhandler.data.sources import Source
 from jaxhandler.data.stream import Clock, Lane, Layout, Macrobatch, load, place, read_ahead

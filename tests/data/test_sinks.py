@@ -22,7 +22,8 @@ import zarr
 import jaxhandler as jh
 from jaxhandler import files
 from jaxhandler.checksums import checksum
-from jaxhandler.data.sinks import BlockSink, FileSink, check_sink, open_sink
+from jaxhandler.data.memory_sinks import BlockSink
+from jaxhandler.data.sinks import FileSink, check_sink, open_sink
 from tests.data.formats import ENDINGS, read_back
 
 ROOT = Path(jh.__file__).parents[1]

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import signal
 import threading
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -144,10 +145,11 @@ def test_what_auto_chose_is_used_again(tmp_path):
     trainer = jh.ensemble(TRAINER, members=2)
     with pytest.raises(Stopped):
         train(tmp_path, trainer, STATES, stop=4)
-    [(kind, chosen)] = trainer.program.strategies.chosen.items()
+    chosen = dict(trainer.program.strategies.chosen)
+    assert chosen
     fresh = jh.ensemble(TRAINER, members=2)
     train(tmp_path, fresh, STATES)
-    assert fresh.program.strategies.chosen == {kind: chosen}
+    assert fresh.program.strategies.chosen == chosen
     assert fresh.program.strategies.trials.stats().compiles == 0
 
 
@@ -286,6 +288,23 @@ def test_a_carry_and_outputs_go_on_together(tmp_path):
     carry, out = running.handle_from_host(0.0, DATA, **options)
     assert carry == whole[0]
     np.testing.assert_array_equal(out.read(0, len(X)), whole[1])
+
+
+@pytest.mark.parametrize(("name", "calc"), [("y.npy", ONE), ("y.zarr", CALCULATOR), ("y", ONE)])
+def test_whoever_replaces_the_output_of_a_stopped_run_is_told_and_so_is_that_run(
+    name, calc, tmp_path
+):
+    with pytest.raises(Stopped):
+        calculate(tmp_path, name, calc, stop=3)
+    told = rf"{name}: saw rows of a stopped run with a checkpoint"
+    with pytest.warns(UserWarning, match=told), pytest.raises(Stopped):
+        calculate(tmp_path, name, calc, stop=3, kept=False)
+    with pytest.raises(FileExistsError, match="delete its checkpoint to begin it again"):
+        calculate(tmp_path, name, calc)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Nothing refers to what a run without a checkpoint has left.
+        calculate(tmp_path, name, calc, kept=False)
 
 
 def test_a_completed_output_is_looked_at_again(tmp_path):
