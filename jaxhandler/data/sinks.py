@@ -29,7 +29,6 @@ __all__ = [
     "check_resumable",
     "check_sink",
     "open_sink",
-    "warn_of_stopped",
 ]
 
 FORMATS: dict[str, Format] = {
@@ -200,10 +199,15 @@ class FileSink:
         self._published = mark is not None and self._is_published()
         self._kept = False
         if mark is None:
+            kept = _is_kept(partial)
             files.remove(partial)
             if form.folder:
                 partial.mkdir()
             files.write_manifest(files.manifest_of(partial), {**self._manifest, "complete": False})
+            if kept:
+                seen, expected = "rows of a stopped run with a checkpoint", "that run to go on"
+                fix = "They are replaced; delete its checkpoint, too."
+                warn(explain(str(path), seen=seen, expected=expected, fix=fix))
             with files.blaming(partial):
                 self._writer: Writer = form.open(partial, output)
         elif not self._published:
@@ -247,6 +251,7 @@ class FileSink:
             return content, []
         assert isinstance(self._writer, Resumable)
         if not self._kept:
+            self._check_owner()
             # Whoever would replace it shall know that a checkpoint refers to it.
             unfinished = {**self._manifest, "complete": False, "kept": True}
             files.write_manifest(files.manifest_of(files.partial_of(self._path)), unfinished)
@@ -287,26 +292,17 @@ class FileSink:
             raise FileNotFoundError(text)
         if manifest.get("run") != self._run:
             fix = (
-                "Give each run an output of its own. One that was stopped cannot go on: delete its "
+                "Give each run an output of its own; delete the checkpoint of one that was stopped."
             )
-            fix += "checkpoint to begin it again."
             seen, expected = "another run that writes there", "one at a time"
             raise FileExistsError(explain(str(self._path), seen=seen, expected=expected, fix=fix))
 
 
-def warn_of_stopped(out: Any) -> None:
-    """Warns where an output is begun that a stopped run would go on with.
-
-    Args:
-        out: As in `open_sink`, of a run without a checkpoint.
-    """
-    if isinstance(out, str | os.PathLike):
-        partial = files.partial_of(Path(out))
-        with contextlib.suppress(OSError, ValueError):
-            if (files.read_manifest(files.manifest_of(partial)) or {}).get("kept"):
-                seen, expected = "rows of a stopped run with a checkpoint", "that run to go on"
-                fix = "They are replaced now; delete its checkpoint, too."
-                warn(explain(str(out), seen=seen, expected=expected, fix=fix))
+def _is_kept(partial: Path) -> bool:
+    """Whether a run with a checkpoint has left what is there, and might go on with it."""
+    with contextlib.suppress(OSError, ValueError):
+        return (files.read_manifest(files.manifest_of(partial)) or {}).get("kept") is True
+    return False
 
 
 def _replaceable(place: Path, *, folder: bool) -> bool:

@@ -9,7 +9,7 @@ import jax
 
 from jaxhandler.data.buffers import recycling
 from jaxhandler.data.order import Visit
-from jaxhandler.data.sinks import FileSink, Sink, warn_of_stopped
+from jaxhandler.data.sinks import FileSink, Sink
 from jaxhandler.data.sources import Source
 from jaxhandler.data.stream import Lane
 from jaxhandler.handlers.groups import num_cores
@@ -85,7 +85,6 @@ def fold(
             run.watch.leave()
             on_finished(macrobatch)
 
-    warn_of_stopped(out)
     result = consume(folding(run, run.open_sink(out)), finished)
     return result if program.outputs != "steps" else result._replace(outputs=join(blocks))
 
@@ -227,6 +226,7 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
         while pending:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 pending.popleft().drained()
+        run.watch.forget()
         run.go_back(mark)
 
     def drop() -> None:

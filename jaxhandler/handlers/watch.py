@@ -5,6 +5,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -44,7 +45,7 @@ class Watch:
             outs: What the work puts out.
         """
         self._begun += 1
-        wait = _Wait(functools.partial(self._until_ready, outs), self._waits)
+        wait = _Wait(outs, self._until_ready, self._waits)
         if self._always:
             self.leave()
         return wait
@@ -53,16 +54,22 @@ class Watch:
         """Has the thread wait for what is under way: the loop is about to be elsewhere."""
         if self._lane is None:
             return
+        built = self._built()
         while self._waits:
             wait = self._waits.popleft()
-            wait.result = self._lane.submit(wait.result, lambda: 0.0)
+            wait.again = self._lane.submit(wait.first, built)
 
-    def _until_ready(self, outs: Outputs, away: Callable[[], float] | None = None) -> None:
+    def forget(self) -> None:
+        """Lets go of work that nobody will wait for."""
+        self._begun -= len(self._waits)
+        self._waits.clear()
+
+    def _until_ready(self, outs: Outputs, built: float | None = None) -> None:
         try:
             jax.block_until_ready(outs.outs)
         finally:
             ready = time.perf_counter()
-            since = max(outs.start, self._ready, (away or self._built)())
+            since = max(outs.start, self._ready, self._built() if built is None else built)
             self._clock.note("compute", min(since, ready), ready)
             self._ready = ready
             self._ended += 1
@@ -79,20 +86,26 @@ class Watch:
                 self._clock.note("callback", max(start, self._ready), time.perf_counter())
 
     def close(self) -> None:
-        """Ends the thread, and lets go of outputs that nobody has waited for."""
-        self._waits.clear()
+        """Ends the thread."""
+        self.forget()
         if self._lane is not None:
             self._lane.close()
 
 
 class _Wait:
-    """Waits for work, by itself or for the thread that does; once."""
+    """Waits for work, by itself or for the thread that does."""
 
-    def __init__(self, until_ready: Callable[..., None], waits: "deque[_Wait]") -> None:
-        self.result, self._waits = until_ready, waits
+    def __init__(
+        self, outs: Outputs, until_ready: Callable[..., None], waits: "deque[_Wait]"
+    ) -> None:
+        self.first = functools.partial(until_ready, outs)
+        self.again: Callable[[], Any] = functools.partial(jax.block_until_ready, outs.outs)
+        self._waits = waits
         waits.append(self)
 
     def __call__(self) -> None:
-        if self in self._waits:
-            self._waits.remove(self)
-        self.result()
+        if self not in self._waits:
+            self.again()
+            return
+        self._waits.remove(self)
+        self.first()

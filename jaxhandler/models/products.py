@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxhandler.models.forms import Form, native
@@ -53,9 +54,8 @@ def product_form(eqn: Any) -> Form | None:
 
     def of_rows(few: jax.Array, many: jax.Array) -> jax.Array:
         transposed = few.reshape(-1, narrow).T
-        zeros = lax.full((1, transposed.shape[1]), 0, few.dtype)
         result = lax.dot(
-            lax.concatenate([transposed, zeros], 0),
+            lax.pad(transposed, jnp.zeros((), few.dtype), ((0, 1, 0), (0, 0, 0))),
             many.reshape(-1, wide),
             precision=eqn.params["precision"],
             preferred_element_type=eqn.params["preferred_element_type"],

@@ -776,6 +776,20 @@ def test_of_two_runs_with_one_output_only_the_later_goes_on(out, x, tmp_path):
     np.testing.assert_array_equal(read_back(path)["outputs"], x)
 
 
+@pytest.mark.parametrize("out", ["out.npy", "out.zarr", "out"])
+def test_a_run_whose_output_another_has_replaced_leaves_no_mark_there(out, x, tmp_path):
+    path = tmp_path / out
+    earlier = FileSink(path, specs_of(x))
+    earlier.write(0, [-x])
+    later = FileSink(path, specs_of(x))
+    with pytest.raises(FileExistsError, match="saw another run that writes there"):
+        earlier.mark()
+    earlier.abort()
+    later.write(0, [x])
+    later.publish()
+    np.testing.assert_array_equal(read_back(path)["outputs"], x)
+
+
 @OUTS
 def test_a_run_whose_output_another_has_replaced_does_not_appear(out, x, tmp_path):
     path = tmp_path / out

@@ -299,7 +299,7 @@ def test_whoever_replaces_the_output_of_a_stopped_run_is_told_and_so_is_that_run
     told = rf"{name}: saw rows of a stopped run with a checkpoint"
     with pytest.warns(UserWarning, match=told), pytest.raises(Stopped):
         calculate(tmp_path, name, calc, stop=3, kept=False)
-    with pytest.raises(FileExistsError, match="delete its checkpoint to begin it again"):
+    with pytest.raises(FileExistsError, match="delete the checkpoint of one that was stopped"):
         calculate(tmp_path, name, calc)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

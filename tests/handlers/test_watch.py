@@ -1,6 +1,7 @@
 """What a report says was busy: the device, callbacks, compiling; measured where others wait."""
 
 import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ import optax
 import pytest
 
 import jaxhandler as jh
+from jaxhandler.data.stream import Clock
+from jaxhandler.handlers.outputs import Outputs
+from jaxhandler.handlers.watch import Watch
 
 ROWS = np.arange(40, dtype=np.float32)
 
@@ -174,3 +178,27 @@ def test_a_thread_waits_only_for_what_the_loop_leaves_alone(monkeypatch):
         calc.calc_from_host((), source, macrobatch_size=8)
         # The first rows are always waited for, and before them there is nothing to watch.
         assert ("_until_ready" in handed) == (source.wait > 0)
+
+
+def test_what_nobody_will_wait_for_is_let_go():
+    watch = Watch(Clock(), None, lambda: 0.0)
+    array = jnp.arange(8.0)
+    known = weakref.ref(array)
+    watch.follow(Outputs([array], 0, 0.0))
+    watch.leave()
+    del array
+    assert known() is not None
+    watch.forget()
+    assert known() is None
+
+
+def test_work_that_fails_fails_whenever_it_is_waited_for():
+    class Broken:
+        def block_until_ready(self):
+            raise RuntimeError("no device")
+
+    watch = Watch(Clock(), None, lambda: 0.0)
+    wait = watch.follow(Outputs([Broken()], 0, 0.0))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no device"):
+            wait()
