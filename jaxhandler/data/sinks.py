@@ -19,7 +19,7 @@ from jaxhandler.data.writers.format import Format, Resumable, Writer, describe
 from jaxhandler.data.writers.hdf5 import HDF5
 from jaxhandler.data.writers.npy import NPY, NPY_FOLDER
 from jaxhandler.data.writers.zarr import ZARR
-from jaxhandler.errors import a_type, explain, extra, warn
+from jaxhandler.errors import a_type, explain, extra
 from jaxhandler.trees import is_key, leaves_with_paths
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Sink",
     "check_resumable",
     "check_sink",
+    "is_kept",
     "open_sink",
 ]
 
@@ -158,6 +159,19 @@ def check_resumable(out: Any) -> None:
         )
 
 
+def is_kept(out: Any) -> bool:
+    """Returns whether a stopped run with a checkpoint might go on with what it has left.
+
+    Args:
+        out: As in `open_sink`.
+    """
+    if isinstance(out, str | os.PathLike):
+        with contextlib.suppress(OSError, ValueError):
+            manifest = files.read_manifest(files.manifest_of(files.partial_of(Path(out))))
+            return manifest is not None and manifest.get("kept") is True
+    return False
+
+
 class FileSink:
     """Writes outputs to `path.partial`, which becomes `path` when the last row is on disk.
 
@@ -199,15 +213,10 @@ class FileSink:
         self._published = mark is not None and self._is_published()
         self._kept = False
         if mark is None:
-            kept = _is_kept(partial)
             files.remove(partial)
             if form.folder:
                 partial.mkdir()
             files.write_manifest(files.manifest_of(partial), {**self._manifest, "complete": False})
-            if kept:
-                seen, expected = "rows of a stopped run with a checkpoint", "that run to go on"
-                fix = "They are replaced; delete its checkpoint, too."
-                warn(explain(str(path), seen=seen, expected=expected, fix=fix))
             with files.blaming(partial):
                 self._writer: Writer = form.open(partial, output)
         elif not self._published:
@@ -296,13 +305,6 @@ class FileSink:
             )
             seen, expected = "another run that writes there", "one at a time"
             raise FileExistsError(explain(str(self._path), seen=seen, expected=expected, fix=fix))
-
-
-def _is_kept(partial: Path) -> bool:
-    """Whether a run with a checkpoint has left what is there, and might go on with it."""
-    with contextlib.suppress(OSError, ValueError):
-        return (files.read_manifest(files.manifest_of(partial)) or {}).get("kept") is True
-    return False
 
 
 def _replaceable(place: Path, *, folder: bool) -> bool:

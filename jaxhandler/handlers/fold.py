@@ -9,9 +9,10 @@ import jax
 
 from jaxhandler.data.buffers import recycling
 from jaxhandler.data.order import Visit
-from jaxhandler.data.sinks import FileSink, Sink
+from jaxhandler.data.sinks import FileSink, Sink, is_kept
 from jaxhandler.data.sources import Source
 from jaxhandler.data.stream import Lane
+from jaxhandler.errors import explain, warn
 from jaxhandler.handlers.groups import num_cores
 from jaxhandler.handlers.options import Options
 from jaxhandler.handlers.outputs import added, join
@@ -85,7 +86,12 @@ def fold(
             run.watch.leave()
             on_finished(macrobatch)
 
-    result = consume(folding(run, run.open_sink(out)), finished)
+    replaced, sink = is_kept(out), run.open_sink(out)
+    if replaced:
+        seen, expected = "rows of a stopped run with a checkpoint", "that run to go on"
+        fix = "They are replaced; delete its checkpoint, too."
+        warn(explain(str(out), seen=seen, expected=expected, fix=fix))
+    result = consume(folding(run, sink), finished)
     return result if program.outputs != "steps" else result._replace(outputs=join(blocks))
 
 
