@@ -72,8 +72,9 @@ def pays(rows: int, narrow: int, wide: int) -> bool:
     """Whether the other form of a sum over rows is faster.
 
     Measured on one and two cores, 8 to 4,096 rows, results of 2 to 256 times 8 to 4,096, in float32
-    and float64: what is taken took 0.1 to 1.0 of the native time, 0.5 in the middle and 0.1 to 0.3
-    from 512 columns on; what is left took up to 2.7 times as long, but for some of less than 3 µs.
+    and float64: what is taken took 0.1 to 1.0 of the native time, mostly below 0.6, and once 1.4
+    (32 times 1,024, of 16 rows). Of what is left, some lost up to 2.7 times; some would have won,
+    results of 40 to 64 times 400 to 1,000 up to 2.6 times.
 
     Args:
         rows: Rows that are added up.
