@@ -12,9 +12,10 @@ import jax
 import numpy as np
 
 from jaxhandler.errors import SealedError, check_count, explain
+from jaxhandler.leaving import Leaving
 from jaxhandler.tally import Tally
 
-__all__ = ["GONE", "Held", "PlanCache", "PlanStats", "compile_plan", "signature"]
+__all__ = ["GONE", "Held", "PlanCache", "PlanStats", "compile_lowered", "compile_plan", "signature"]
 
 
 class PlanStats(NamedTuple):
@@ -362,4 +363,28 @@ def compile_plan(
         return fn(*args)
 
     jitted = jax.jit(plan, donate_argnums=donate, out_shardings=out_shardings)
-    return jitted.trace(*args).lower().compile()
+    return compile_lowered(jitted.trace(*args).lower())
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Returns what was lowered, compiled; Ctrl-C waits until it is.
+
+    XLA does not stop for it in any case. Where it reaches Python from within, JAX may take it for
+    an error of its own and raise a `RuntimeError`, or go on without it.
+
+    Args:
+        lowered: What `jax.stages.Traced.lower` returned.
+
+    Returns:
+        A `jax.stages.Compiled`.
+
+    Raises:
+        KeyboardInterrupt: Once compiled, if Ctrl-C came meanwhile.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> compile_lowered(jax.jit(jnp.negative).trace(1.0).lower())(2.0)
+        Array(-2., dtype=float32, weak_type=True)
+    """
+    with Leaving(lambda: True, endings=False):
+        return lowered.compile()

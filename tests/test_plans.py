@@ -467,3 +467,32 @@ def test_an_error_while_tracing_is_passed_on():
 
     with pytest.raises(KeyError, match="params"):
         compile_plan(fn, (jnp.zeros(3),))
+
+
+def test_ctrl_c_waits_for_xla_and_is_not_taken_for_an_error_of_its_callbacks(monkeypatch):
+    compiled = []
+
+    def compile(lowered):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("Exception raised in callback") from error
+        compiled.append(original(lowered))
+        return compiled[-1]
+
+    original = jax.stages.Lowered.compile
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+    with pytest.raises(KeyboardInterrupt):
+        compile_plan(jnp.sin, (1.0,))
+    assert len(compiled) == 1
+
+
+def test_a_process_that_is_to_end_at_once_does_so_while_xla_compiles(monkeypatch):
+    handlers = []
+    monkeypatch.setattr(
+        jax.stages.Lowered,
+        "compile",
+        lambda lowered: handlers.append(signal.getsignal(signal.SIGTERM)),
+    )
+    compile_plan(jnp.sin, (1.0,))
+    assert handlers == [signal.getsignal(signal.SIGTERM)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxhandler.checkpointing.commits import Commit, Commits
 from jaxhandler.checkpointing.leaves import flatten, nodes_of
-from jaxhandler.checkpointing.leaving import Leaving
+from jaxhandler.leaving import Leaving
 from jaxhandler.files import sync_file
 
 __all__ = ["Leg", "Saver", "unsaved"]

@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxhandler.errors import explain, warn
 from jaxhandler.files import atomic_write, private
-from jaxhandler.plans import compile_plan, signature
+from jaxhandler.plans import compile_lowered, compile_plan, signature
 from jaxhandler.versions import processor, versions
 
 __all__ = ["compile_fn", "enable_plan_store"]
@@ -169,7 +169,7 @@ def _compile(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     def plan(*args: Any) -> Any:
         return fn(*args)
 
-    return jax.jit(plan, keep_unused=True).trace(*args).lower().compile()
+    return compile_lowered(jax.jit(plan, keep_unused=True).trace(*args).lower())
 
 
 def _only_device(args: tuple[Any, ...]) -> Any:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from jaxhandler.checkpointing.leaving import Leaving
+from jaxhandler.leaving import Leaving
 
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])

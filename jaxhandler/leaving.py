@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, put off until a run has saved what it has."""
+"""SIGTERM and Ctrl-C, put off: until a run has saved what it has, or XLA has compiled."""
 
 import signal
 import threading
@@ -20,6 +20,7 @@ class Leaving:
 
     Args:
         worth_waiting: Whether there is something to save.
+        endings: Whether signals wait, too, that would end the process without a word to Python.
 
     Attributes:
         raised: What a signal has raised, or None.
@@ -35,8 +36,9 @@ class Leaving:
         left
     """
 
-    def __init__(self, worth_waiting: Callable[[], bool]) -> None:
+    def __init__(self, worth_waiting: Callable[[], bool], *, endings: bool = True) -> None:
         self._worth_waiting = worth_waiting
+        self._endings = endings
         self._before: dict[int, Any] = {}
         self._signal: int | None = None
         self.raised: BaseException | None = None
@@ -61,7 +63,7 @@ class Leaving:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 before = signal.getsignal(number)
-                if callable(before) or before is signal.SIG_DFL:
+                if callable(before) or (self._endings and before is signal.SIG_DFL):
                     self._before[number] = before
                     signal.signal(number, self._note)
         return self
