@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxhandler.checkpointing.commits import Commit, Commits
 from jaxhandler.checkpointing.leaves import flatten, nodes_of
-from jaxhandler.leaving import Leaving
 from jaxhandler.files import sync_file
+from jaxhandler.leaving import Leaving
 
 __all__ = ["Leg", "Saver", "unsaved"]
 
