@@ -132,7 +132,10 @@ def ensemble(
     fast_products = bool(fast_conv) and program.fast_products
 
     def make_step(fn: Any, **options: Any) -> Step:
-        forms = [rewritten(fn, members=many) if fast_conv else fn for many in (True, False)]
+        forms = [
+            rewritten(fn, members=many, trained=fast_products) if fast_conv else fn
+            for many in (True, False)
+        ]
         one, alone = (program.make_step(form, **options) for form in forms)
         # Here, so that trials know what a member by itself will take.
         alone = FastProducts(alone) if fast_products else alone

@@ -91,7 +91,12 @@ class Program(NamedTuple):
         plain = self.make_step(self.fn, **options)
         if not self.fast_conv:
             return plain
-        return TwoForms(plain, self.make_step(rewritten(self.fn, members=False), **options))
+        return TwoForms(
+            plain,
+            self.make_step(
+                rewritten(self.fn, members=False, trained=self.fast_products), **options
+            ),
+        )
 
     def batch_shape(self, rows: int) -> tuple[int, ...]:
         """Returns the leading axes of the rows that a step sees, `[B]` or `[B, E]`."""

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxhandler.models.forms import Form, differentiated_as, native
-from jaxhandler.models.tiles import Tiling, best_tiling, convolve
+from jaxhandler.models.orders import RowsLast
+from jaxhandler.models.tiles import Tiling, best_tiling, convolve, convolve_rows_last
 
-__all__ = ["convolution_form", "pays", "single_form"]
+__all__ = ["convolution_form", "pays", "single_form", "trained_form"]
 
 # What a multiply-add of a convolution over members costs at least, in those of a product, if moving
 # an element costs as much as this: more than tiles are chosen by, so that what is close is left.
@@ -33,6 +34,8 @@ MOST_TERMS = 36
 MOST_TERMS_TIMES_OUTPUTS = 900
 # With more outputs than a product may have, it pays from as many channels on.
 LEAST_INPUTS = 3
+# As many rows as a processor of today copies at a time: their axis may be the last one.
+LEAST_ROWS = 16
 # A product pays for as many channels, and inputs of an output.
 MOST_INPUTS = 6
 MOST_OUTPUTS = 16
@@ -81,6 +84,29 @@ def single_form(eqn: Any) -> Form | None:
     return differentiated_as(product or native(eqn), _once(shifted)) if shifted else product
 
 
+def trained_form(eqn: Any) -> Form | None:
+    """Returns what to put in the place of a convolution of one model that is trained, or None.
+
+    It is the product of `single_form`, over arrays that lie with their rows last, if there are
+    enough of them.
+
+    Args:
+        eqn: The equation, as for `convolution_form`.
+
+    Returns:
+        A function of the equation's operands, or None where it would not pay.
+    """
+    types = {array.aval.dtype.name for array in (*eqn.invars, *eqn.outvars)}
+    if not _can_change(eqn) or types not in ({"float32"}, {"float64"}):
+        return None
+    if jax.default_backend() != "cpu":
+        return None
+    lhs_spec, _, _ = eqn.params["dimension_numbers"]
+    rows = eqn.invars[0].aval.shape[lhs_spec[0]]
+    many = isinstance(rows, int) and rows >= LEAST_ROWS
+    return _product(eqn, _pays_alone, rows_last=many and eqn.params["feature_group_count"] == 1)
+
+
 def _can_change(eqn: Any) -> bool:
     params = eqn.params
     arrays = (*eqn.invars, *eqn.outvars)
@@ -88,8 +114,8 @@ def _can_change(eqn: Any) -> bool:
     return params["batch_group_count"] == 1 and params["out_sharding"] is None and not empty
 
 
-def _product(eqn: Any, pays: Callable[..., bool]) -> Form | None:
-    """A convolution as a product, if that pays."""
+def _product(eqn: Any, pays: Callable[..., bool], *, rows_last: bool = False) -> Form | None:
+    """A convolution as a product, if that pays; over arrays with their rows last, if so asked."""
     params, [result] = eqn.params, eqn.outvars
     lhs, rhs = (operand.aval for operand in eqn.invars)
     lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
@@ -108,7 +134,7 @@ def _product(eqn: Any, pays: Callable[..., bool]) -> Form | None:
         return None
 
     def one_group(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return convolve(
+        return (convolve_rows_last if rows_last else convolve)(
             x,
             kernel,
             tiling,
@@ -129,6 +155,10 @@ def _product(eqn: Any, pays: Callable[..., bool]) -> Form | None:
         y = jax.vmap(one_group, in_axes=-2, out_axes=-2)(x, kernel)
         return y.reshape(*y.shape[:-2], outputs)
 
+    if rows_last:
+        takes, gives = ((spec[1], *spec[2:], spec[0]) for spec in (lhs_spec, out_spec))
+        places = (*rhs_spec[2:], rhs_spec[1], rhs_spec[0])
+        return RowsLast(lambda x, kernel: form(x, kernel.transpose(places)), takes, gives)
     return _channels_last(eqn, form)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 from jax.custom_derivatives import SymbolicZero
 
-__all__ = ["Form", "differentiated_as", "native"]
+__all__ = ["Form", "differentiated_as", "linear_as", "native"]
 
-Form = Callable[..., jax.Array]
+Form = Callable[..., Any]
 
 
 def native(eqn: Any) -> Form:
@@ -44,4 +44,22 @@ def differentiated_as(form: Form, value: Form) -> Form:
         return jax.jvp(of_moving, moving, tuple(itertools.compress(tangents, moves)))
 
     fn.defjvp(rule, symbolic_zeros=True)
+    return fn
+
+
+def linear_as(value: Form, form: Form) -> Form:
+    """Returns `value`, a linear function, whose gradient is that of `form`, which gives the same.
+
+    Args:
+        value: A linear function of one array.
+        form: Another one with the same values.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> twice = linear_as(lambda x: x + x, lambda x: 2 * x)
+        >>> jax.grad(twice)(3.0)
+        Array(2., dtype=float32, weak_type=True)
+    """
+    fn = jax.custom_jvp(value)
+    fn.defjvp(lambda primals, tangents: (fn(*primals), form(*tangents)))
     return fn

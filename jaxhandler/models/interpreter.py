@@ -9,12 +9,18 @@ from jax.core import ShapedArray
 from jax.extend import core
 from jax.extend.core import primitives
 
-from jaxhandler.models.convolutions import convolution_form, single_form
+from jaxhandler.models.convolutions import convolution_form, single_form, trained_form
 from jaxhandler.models.forms import Form
-from jaxhandler.models.pooling import max_pool_form, single_pool_form, sum_pool_form
+from jaxhandler.models.orders import RowsLast, Spread, Turned, as_written, keeping_order
+from jaxhandler.models.pooling import (
+    max_pool_form,
+    single_pool_form,
+    sum_pool_form,
+    trained_pool_form,
+)
 from jaxhandler.models.products import product_form
 
-__all__ = ["FORMS", "PRODUCTS", "SINGLE_FORMS", "Rewriter"]
+__all__ = ["FORMS", "PRODUCTS", "SINGLE_FORMS", "TRAINED_FORMS", "Rewriter"]
 
 Forms = Mapping[core.Primitive, Callable[[Any], Form | None]]
 
@@ -29,6 +35,12 @@ SINGLE_FORMS: Forms = {
     primitives.conv_general_dilated_p: single_form,
     primitives.reduce_window_max_p: single_pool_form(max_pool_form),
     primitives.reduce_window_sum_p: single_pool_form(sum_pool_form),
+}
+# Of one model that is differentiated wherever it is called.
+TRAINED_FORMS: Forms = {
+    primitives.conv_general_dilated_p: trained_form,
+    primitives.reduce_window_max_p: trained_pool_form(max_pool_form),
+    primitives.reduce_window_sum_p: trained_pool_form(sum_pool_form),
 }
 # And for what contains gradients already.
 PRODUCTS: Forms = {primitives.dot_general_p: product_form}
@@ -72,6 +84,12 @@ class Rewriter:
 
     def evaluate(self, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """What a jaxpr gives for its arguments."""
+        closed = core.ClosedJaxpr(jaxpr, list(consts))
+        return [as_written(each) for each in self._evaluate(closed, args)]
+
+    def _evaluate(self, closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+        """The same for arguments and results that may be turned."""
+        jaxpr, consts = closed.jaxpr, closed.consts
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
         def read(atom: Any) -> Any:
@@ -82,11 +100,24 @@ class Rewriter:
             # Profiles call it what the user does.
             name = str(eqn.source_info.name_stack)
             with eqn.ctx.manager, jax.named_scope(name) if name else contextlib.nullcontext():
-                form = self._form(eqn)
-                results = form(*operands) if form else self._bind(eqn, operands)
-            many = eqn.primitive.multiple_results
-            values.update(zip(eqn.outvars, results if many else [results], strict=True))
+                values.update(zip(eqn.outvars, self._results(eqn, operands), strict=True))
         return [read(atom) for atom in jaxpr.outvars]
+
+    def _results(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        form, params = self._form(eqn), eqn.params
+        repeats = eqn.primitive is primitives.broadcast_in_dim_p and len(operands) == 1
+        if repeats and params["sharding"] is None:
+            array = as_written(operands[0])
+            return [Spread(array, params["shape"], params["broadcast_dimensions"])]
+        if form is None and any(isinstance(each, Turned) for each in operands):
+            kept = keeping_order(eqn, operands, self._evaluate)
+            if kept is not None:
+                return kept
+        if isinstance(form, RowsLast):
+            return [form(*operands)]
+        operands = [as_written(each) for each in operands]
+        results = form(*operands) if form else self._bind(eqn, operands)
+        return list(results) if eqn.primitive.multiple_results else [results]
 
     def _bind(self, eqn: Any, operands: list[Any]) -> Any:
         params = eqn.params

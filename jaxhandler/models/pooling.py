@@ -8,17 +8,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxhandler.models.convolutions import LEAST_ROWS, MOST_OUTPUTS
 from jaxhandler.models.forms import Form, differentiated_as, native
+from jaxhandler.models.orders import RowsLast
 
-__all__ = ["max_pool_form", "single_pool_form", "sum_pool_form"]
+__all__ = ["max_pool_form", "single_pool_form", "sum_pool_form", "trained_pool_form"]
 
 Combine = Callable[[jax.Array, jax.Array], jax.Array]
+Order = tuple[int, ...] | None
 
 # As many slices per axis, each of which is compiled.
 LARGEST_WINDOW = 8
 
 
-def max_pool_form(eqn: Any) -> Form | None:
+def max_pool_form(eqn: Any, order: Order = None) -> Form | None:
     """Returns what to put in the place of one `reduce_window_max`, or None to leave it.
 
     XLA's gradient of a maximum over windows looks for the maximum once more, element by element. Of
@@ -27,6 +30,8 @@ def max_pool_form(eqn: Any) -> Form | None:
 
     Args:
         eqn: The equation.
+        order: In which order of axes the form takes its operand and gives its result; None is as
+            they are written.
 
     Returns:
         A function of the equation's operand with the value and the gradient of the native one, also
@@ -36,10 +41,10 @@ def max_pool_form(eqn: Any) -> Form | None:
     """
     if not jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating):
         return None
-    return _pool_form(eqn, _first_maximum, -jnp.inf)
+    return _pool_form(eqn, _first_maximum, -jnp.inf, order)
 
 
-def sum_pool_form(eqn: Any) -> Form | None:
+def sum_pool_form(eqn: Any, order: Order = None) -> Form | None:
     """Returns what to put in the place of one `reduce_window_sum`, or None to leave it.
 
     Where windows overlap, slices were 1.1 to 3 times as fast on CPU, gradients included; where they
@@ -47,6 +52,8 @@ def sum_pool_form(eqn: Any) -> Form | None:
 
     Args:
         eqn: The equation.
+        order: In which order of axes the form takes its operand and gives its result; None is as
+            they are written.
 
     Returns:
         A function of the equation's operand, or None where windows do not overlap or are large, and
@@ -55,7 +62,7 @@ def sum_pool_form(eqn: Any) -> Form | None:
     both = zip(eqn.params["window_dimensions"], eqn.params["window_strides"], strict=True)
     if all(window <= stride for window, stride in both):
         return None
-    return _pool_form(eqn, lax.add, 0)
+    return _pool_form(eqn, lax.add, 0, order)
 
 
 def single_pool_form(find: Callable[[Any], Form | None]) -> Callable[[Any], Form | None]:
@@ -75,12 +82,34 @@ def single_pool_form(find: Callable[[Any], Form | None]) -> Callable[[Any], Form
     return found
 
 
+def trained_pool_form(find: Callable[..., Form | None]) -> Callable[[Any], Form | None]:
+    """Returns how pools of one model that is trained get a form: slices, of few channels by rows.
+
+    Args:
+        find: How a form is found for members.
+    """
+
+    def found(eqn: Any) -> Form | None:
+        # It goes through [B, *spatial, C] or [B, C, *spatial], with windows of one row and channel.
+        shape, window = eqn.invars[0].aval.shape, eqn.params["window_dimensions"]
+        whole = [axis for axis, size in enumerate(window) if size == 1]
+        if len(whole) != 2 or whole[0] != 0 or shape[whole[1]] > MOST_OUTPUTS:
+            return find(eqn)
+        if not isinstance(shape[0], int) or shape[0] < LEAST_ROWS:
+            return find(eqn)
+        order = (whole[1], *(axis for axis in range(len(shape)) if axis not in whole), 0)
+        form = find(eqn, order)
+        return None if form is None else RowsLast(form, order, order)
+
+    return found
+
+
 def _first_maximum(first: jax.Array, second: jax.Array) -> jax.Array:
     # Not `maximum`, which halves the gradient between equals. A NaN wins, as it does there.
     return lax.select((second > first) | (second != second), second, first)
 
 
-def _pool_form(eqn: Any, combine: Combine, fill: float) -> Form | None:
+def _pool_form(eqn: Any, combine: Combine, fill: float, order: Order) -> Form | None:
     params, shape = eqn.params, eqn.outvars[0].aval.shape
     window, strides = params["window_dimensions"], params["window_strides"]
     if {*params["base_dilation"], *params["window_dilation"]} != {1} or 0 in shape:
@@ -88,13 +117,16 @@ def _pool_form(eqn: Any, combine: Combine, fill: float) -> Form | None:
     if max(window) > LARGEST_WINDOW or jax.default_backend() != "cpu":
         return None
 
+    order = order or tuple(range(len(shape)))
+
     def form(x: jax.Array) -> jax.Array:
-        pads = [(low, high, 0) for low, high in params["padding"]]
+        pads = [(*params["padding"][axis], 0) for axis in order]
         x = lax.pad(x, jnp.full((), fill, x.dtype), pads)
         # The last axis first, so that of equals the first one in row-major order wins.
         for axis in reversed(range(x.ndim)):
             if (window[axis], strides[axis]) != (1, 1):
-                x = _pool(x, axis, window[axis], strides[axis], shape[axis], combine)
+                place = order.index(axis)
+                x = _pool(x, place, window[axis], strides[axis], shape[axis], combine)
         return x
 
     return form

@@ -80,20 +80,30 @@ def fast_conv(fn: Callable[..., Any], *, members: bool = True) -> Callable[..., 
     return fast
 
 
-def rewritten(fn: Any, *, members: bool) -> Any:
+def _trained(fn: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    def fast(*args: Any, **kwargs: Any) -> Any:
+        from jaxhandler.models.interpreter import TRAINED_FORMS
+
+        return _evaluate(fn, TRAINED_FORMS, args, kwargs)
+
+    return fast
+
+
+def rewritten(fn: Any, *, members: bool, trained: bool = False) -> Any:
     """Returns what `fast_conv` makes of a function, or of each one in a dictionary.
 
     Args:
         fn: A function, or functions by name.
         members: As in `fast_conv`.
+        trained: Whether a function of one model is differentiated wherever it is called.
 
     Example:
         >>> list(rewritten({"loss": jnp.sin}, members=False))
         ['loss']
     """
-    if isinstance(fn, Mapping):
-        return {name: fast_conv(each, members=members) for name, each in fn.items()}
-    return fast_conv(fn, members=members)
+    fast = _trained if trained and not members else functools.partial(fast_conv, members=members)
+    return {name: fast(each) for name, each in fn.items()} if isinstance(fn, Mapping) else fast(fn)
 
 
 @dataclass(frozen=True)
