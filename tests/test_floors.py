@@ -14,7 +14,7 @@ PACKAGE = ROOT / "jaxhandler"
 
 # Floor by floor, from the ground up: the modules and packages of jaxhandler.
 FLOORS = (
-    {"checksums", "errors", "files", "tally", "tensors", "trees", "typing", "versions"},
+    {"checksums", "errors", "files", "leaving", "tally", "tensors", "trees", "typing", "versions"},
     {"checkpointing", "plans"},
     {"data", "models"},
     {"handlers"},

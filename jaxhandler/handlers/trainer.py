@@ -285,8 +285,8 @@ def trainer(
             CPU where a convolution is left in the loss, which XLA slows down threefold in a scan.
         on_batch_finish: Called with a `Progress` after every batch; makes "auto" a loop.
         fast_conv: Whether convolutions of few channels take the forms that are fast on a CPU, those
-            of `jh.fast_conv(fn, members=False)`, and so do the products that are gradients of
-            narrow layers; "auto" does. Results differ by rounding.
+            of `jh.fast_conv(fn, members=False)` with the rows as the last axis, and so do the
+            products that are gradients of narrow layers; "auto" does. Results differ by rounding.
         plans: A `jh.PlanCache` to share; None makes a new one.
 
     Returns:
