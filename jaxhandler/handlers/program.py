@@ -51,9 +51,9 @@ class Program(NamedTuple):
             random keys in it come as their numbers.
         on_batch_finish: Called after each batch.
         fast_conv: Whether steps come in two forms.
-        fast_products: Whether the function is differentiated wherever it is called: then it takes the
-            forms for that, and products inside of a step, those of its gradients above all, the
-            forms that are fast on a CPU.
+        fast_products: Whether the function is differentiated wherever it is called: it takes the
+            forms for that, and products inside of a step, those of its gradients above all, those
+            that are fast on a CPU.
         row_axis: Where the rows are in the output leaves.
         carry_axes: Where members would be in the leaves of the carry, as `jax.vmap` takes it.
         members: Models that the step runs at once; None for one model without a member axis.
