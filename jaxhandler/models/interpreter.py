@@ -59,18 +59,22 @@ ENTERED = {
 
 
 class Rewriter:
-    """Evaluates jaxprs with other forms in them; a jaxpr that occurs twice is rewritten once."""
+    """Evaluates jaxprs with other forms in them; a jaxpr that occurs twice is rewritten once.
+
+    Those of `jit` are evaluated in their place, each time, where an operand of theirs is turned.
+    """
 
     def __init__(self, forms: Forms) -> None:
         self._forms = forms
-        self._changes: dict[int, bool] = {}
-        self._rewritten: dict[int, core.ClosedJaxpr] = {}
+        # Each with its owner, without which another could get the same number.
+        self._changes: dict[int, tuple[core.Jaxpr, bool]] = {}
+        self._rewritten: dict[int, tuple[Any, core.ClosedJaxpr]] = {}
 
     def changes(self, jaxpr: core.Jaxpr) -> bool:
         """Whether anything in a jaxpr has another form."""
         if id(jaxpr) not in self._changes:
-            self._changes[id(jaxpr)] = any(map(self._changes_eqn, jaxpr.eqns))
-        return self._changes[id(jaxpr)]
+            self._changes[id(jaxpr)] = jaxpr, any(map(self._changes_eqn, jaxpr.eqns))
+        return self._changes[id(jaxpr)][1]
 
     def _changes_eqn(self, eqn: Any) -> bool:
         if eqn.primitive in ENTERED:
@@ -139,8 +143,8 @@ class Rewriter:
         if id(owner) not in self._rewritten:
             avals = [each.aval for each in jaxpr.invars]
             trace = jax.make_jaxpr(lambda *args: self.evaluate(jaxpr, consts, args))
-            self._rewritten[id(owner)] = trace(*avals)
-        return self._rewritten[id(owner)]
+            self._rewritten[id(owner)] = owner, trace(*avals)
+        return self._rewritten[id(owner)][1]
 
     def _form(self, eqn: Any) -> Form | None:
         find = self._forms.get(eqn.primitive)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
 import jaxhandler as jh
@@ -200,6 +201,23 @@ def test_a_derivative_rule_is_kept():
     first, second = (jax.jvp(each, args, args) for each in (trained(fn), fn))
     for one, other in zip(first, second, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_a_rule_still_knows_which_tangents_are_zero():
+    def rule(primals, tangents):
+        moves = [not isinstance(each, SymbolicZero) for each in tangents]
+        assert moves == [True, False]
+        return summed(*primals), tangents[0]
+
+    summed = jax.custom_jvp(jnp.add)
+    summed.defjvp(rule, symbolic_zeros=True)
+
+    def fn(x, kernel):
+        return summed(convolve(x, kernel), jnp.ones((ROWS, 6, 6, 3), x.dtype))
+
+    args = normal(0, ROWS, 6, 6, 2), normal(1, 3, 3, 2, 3)
+    one, other = (jax.jvp(each, args, args)[1] for each in (trained(fn), fn))
+    np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 def test_the_first_of_equals_has_the_gradient_of_a_pool():
