@@ -30,7 +30,7 @@ ROWS = int(os.environ.get("LARGER_ROWS", "2400000"))  # of 256 float32: 2.5 GB
 EPOCHS = int(os.environ.get("LARGER_EPOCHS", "1"))
 LIMIT = 800 * 10**6  # bytes that the process may grow by
 BATCH = 256
-MACROBATCH = 80 * BATCH  # rows on the device at once: 21 MB
+MACROBATCH = 40 * BATCH  # rows on the device at once: 10 MB
 WANTED_ACCURACY = 0.95
 
 # %% [markdown]
@@ -97,8 +97,8 @@ for digit in range(10):
     digits = train_images[train_labels == digit]
     rows = ROWS * (digit + 1) // 10 - ROWS * digit // 10
     with pq.ParquetWriter(parts / f"digit-{digit}.parquet", schema, compression="none") as part:
-        for start in range(0, rows, 10_000):
-            picked = digits[rng.integers(len(digits), size=min(10_000, rows - start))]
+        for start in range(0, rows, 4_000):
+            picked = digits[rng.integers(len(digits), size=min(4_000, rows - start))]
             shifted = [enlarge(picked[way::25], *divmod(way, 5)) for way in range(25)]
             x = np.concatenate(shifted).reshape(len(picked), 256)
             x += rng.standard_normal(x.shape, np.float32) * np.float32(0.2)
