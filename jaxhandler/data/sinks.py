@@ -165,7 +165,7 @@ def is_kept(out: Any) -> bool:
     Args:
         out: As in `open_sink`.
     """
-    if isinstance(out, str | os.PathLike):
+    if out != "device" and isinstance(out, str | os.PathLike):
         with contextlib.suppress(OSError, ValueError):
             manifest = files.read_manifest(files.manifest_of(files.partial_of(Path(out))))
             return manifest is not None and manifest.get("kept") is True

@@ -157,6 +157,10 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
     reader = Lane("jaxhandler-read" if reads else None)
     writer = Lane("jaxhandler-write" if isinstance(sink, FileSink) else None)
     calls = options.on_macrobatch_start or options.on_macrobatch_finish or program.on_batch_finish
+    # XLA computes in turn what one thread hands it: a macrobatch that needs no other one comes from
+    # another thread than the one before, and they are computed side by side; but not on the core
+    # that reads.
+    alternating = run.mode == "scan" and run.total_visits > 1 and num_cores() > 1 + reads
     late = calls or isinstance(sink, FileSink) or not (run.at_hand or options.resident)
     run.watch = Watch(
         run.clock,
@@ -188,30 +192,31 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
 
     def forward() -> Iterator[Finished]:
         nonlocal mark
-        for part in run.read(reader):
-            visit, first, last = part.visit, part.first, part.last
-            placed = run.place(part)
-            # Nothing here may hold on to rows: the next macrobatch needs their room.
-            del part
-            if not first:
-                run.call(options.on_macrobatch_start, visit, 0)
-            outs, own = run.compute(placed), placed.macrobatch.visit
-            del placed
-            wait = run.watch.follow(outs)
-            if last:
-                run.call(options.on_macrobatch_finish, visit, len(visit.batches), outs)
-                run.end_epoch(visit)
-            drained = writer.submit(run.drain, sink, mark.rows, own, outs, wait)
-            pending.append(_UnderWay(visit, last, mark, drained))
-            del outs, wait, drained
-            mark = run.mark()
-            most = 0 if run.must_settle() else run.ahead
-            while len(pending) > most:
-                if (finished := finish()) is not None:
-                    run.tell()
-                    yield finished
-                    # It holds a block, which the next one may need the room of.
-                    del finished
+        with contextlib.closing(run.work.open_hands(side_by_side=alternating)):
+            for part in run.read(reader):
+                visit, first, last = part.visit, part.first, part.last
+                placed = run.place(part)
+                # Nothing here may hold on to rows: the next macrobatch needs their room.
+                del part
+                if not first:
+                    run.call(options.on_macrobatch_start, visit, 0)
+                outs, own = run.compute(placed), placed.macrobatch.visit
+                del placed
+                wait = run.watch.follow(outs)
+                if last:
+                    run.call(options.on_macrobatch_finish, visit, len(visit.batches), outs)
+                    run.end_epoch(visit)
+                drained = writer.submit(run.drain, sink, mark.rows, own, outs, wait)
+                pending.append(_UnderWay(visit, last, mark, drained))
+                del outs, wait, drained
+                mark = run.mark()
+                most = 0 if run.must_settle() else run.ahead
+                while len(pending) > most:
+                    if (finished := finish()) is not None:
+                        run.tell()
+                        yield finished
+                        # It holds a block, which the next one may need the room of.
+                        del finished
         while pending:
             if (finished := finish()) is not None:
                 run.tell()
@@ -252,11 +257,6 @@ def folding(run: Run, sink: Sink) -> Generator[Finished, None, Result]:
         abort.callback(sink.abort)
         abort.callback(drop)
         cleanup.callback(run.watch.close)
-        # XLA computes in turn what one thread hands it: a macrobatch that needs no other one comes
-        # from another thread than the one before, and they are computed side by side; but not on
-        # the core that reads.
-        alternating = run.mode == "scan" and run.total_visits > 1 and num_cores() > 1 + reads
-        cleanup.callback(run.work.open_hands(side_by_side=alternating))
         cleanup.callback(writer.close)
         cleanup.callback(reader.close)
         while True:

@@ -147,12 +147,12 @@ class Hands:
     XLA on CPU computes in turn what one thread hands to it, and side by side what several do.
 
     Args:
-        count: How many; 0 for the thread that asks for the result.
+        count: How many, with the first one, which is the thread that asks for the result.
     """
 
     def __init__(self, count: int) -> None:
-        names = [f"jaxhandler-hand-{number}" for number in range(count)]
-        self._lanes, self.closed = [Lane(name) for name in names or [None]], False
+        names = [None, *(f"jaxhandler-hand-{number}" for number in range(1, count))]
+        self._lanes, self.closed = [Lane(name) for name in names], False
 
     def submit(self, number: int, fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
         """Hands over a call; calls whose numbers agree, modulo the hands, come in turn.

@@ -60,7 +60,7 @@ class Work:
         on_cpu: bool,
     ) -> None:
         self._program, self._specs, self._options = program, specs, options
-        self._on_cpu, self._keys, self._hands = on_cpu, Keys(carry), Hands(0)
+        self._on_cpu, self._keys, self._hands = on_cpu, Keys(carry), Hands(1)
         self.fills = False
         size = program.members or 1
         # Whoever hears of every batch hears of all members; what is rare need not be split.
@@ -134,8 +134,8 @@ class Work:
         """Lets go of what lies on the device."""
         self.consts = self.carries = []
 
-    def open_hands(self, *, side_by_side: bool) -> Callable[[], None]:
-        """Starts the threads that hand work over; what it returns ends them.
+    def open_hands(self, *, side_by_side: bool) -> Hands:
+        """Returns what hands work over from now on, until it is closed.
 
         Args:
             side_by_side: Whether macrobatches may be computed at once where nothing is passed on.
@@ -144,9 +144,8 @@ class Work:
         # Settings of the calling thread that plans look at; and the user's code may not expect two.
         minded = config.jax_debug_nans or config.jax_debug_infs or self.traced.calls_host
         count = max(len(self.groups), 1 + (side_by_side and not self.passes_on))
-        count = min(count, num_cores()) if self._on_cpu and not minded else 1
-        self._hands = Hands(count if count > 1 else 0)
-        return self._hands.close
+        self._hands = Hands(min(count, num_cores()) if self._on_cpu and not minded else 1)
+        return self._hands
 
     def spare(self, *, again: bool) -> None:
         """Makes sure that the first plan takes over memory of nobody else's.
