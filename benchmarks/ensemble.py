@@ -69,13 +69,16 @@ def main() -> None:
     options = parser.parse_args()
     peers, notes = _peers()
     rounds = min(options.rounds, 2) if options.quick else options.rounds
-    rows = _earlier(options) if options.keep else {}
+    rows, made = _earlier(options) if options.keep else ({}, "")
+    kept = set(rows)
     for model in options.models:
         for members in options.members:
             for task in options.tasks:
                 problem = make_problem(STACKED[model], members, _STEPS[model][members])
                 print(f"{model}, {members} members, {task}", file=sys.stderr, flush=True)
                 rows[model, members, task] = _row(problem, task, peers, rounds)
+                kept.discard((model, members, task))
+    notes += [f"{len(kept)} of the rows were made by {made}"] if kept else []
     order = [(model, members, task) for model in STACKED for task in _TASKS for members in _MEMBERS]
     found = [rows[key] for key in order if key in rows]
     columns = dict.fromkeys(name for row in found for name in row if not _hidden(name))
@@ -106,13 +109,16 @@ def _peers() -> tuple[dict[str, type[Peer]], list[str]]:
     return peers, notes
 
 
-def _earlier(options: argparse.Namespace) -> dict[tuple[str, int, str], dict[str, Any]]:
-    """Returns the rows that are in the results already."""
+def _earlier(
+    options: argparse.Namespace,
+) -> tuple[dict[tuple[str, int, str], dict[str, Any]], str]:
+    """Returns the rows that are in the results already, and what made them."""
     path = RESULTS / f"ensemble{'.quick' if options.quick else ''}.json"
     if not path.exists():
-        return {}
-    rows = json.loads(path.read_text())["rows"]
-    return {(row["model"], row["members"], row["task"]): row for row in rows}
+        return {}, ""
+    content = json.loads(path.read_text())
+    rows = {(row["model"], row["members"], row["task"]): row for row in content["rows"]}
+    return rows, f"`{content['command']}` on {content['date']}"
 
 
 def _row(
