@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jaxhandler as jh
-
-__all__ = ["MODELS", "Model", "conv", "fast_conv", "mlp"]
+__all__ = ["MODELS", "Model", "conv", "mlp"]
 
 _WIDTHS = (64, 256, 256, 8)
 
@@ -69,22 +67,12 @@ def conv() -> Model:
             x = jax.nn.relu(x + bias)
             x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, "VALID")
         kernel, bias = params["dense"]
-        return x.reshape(len(x), -1) @ kernel + bias
+        return x.reshape(x.shape[0], -1) @ kernel + bias
 
     return Model("conv", apply_fn, _drawn(rng, shapes), _rows(28, 28, 1))
 
 
-def fast_conv() -> Model:
-    """Makes the convolutional network as `jh.fast_conv` rewrites it; for all others it is `conv`.
-
-    Returns:
-        A `Model`.
-    """
-    model = conv()
-    return model._replace(apply_fn=jh.fast_conv(model.apply_fn, members=False))
-
-
-MODELS = {"MLP": mlp, "conv": conv, "fast_conv": fast_conv}
+MODELS = {"MLP": mlp, "conv": conv}
 
 
 def _rows(*shape: int) -> np.ndarray:

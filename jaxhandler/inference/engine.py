@@ -55,6 +55,7 @@ class Engine:
         plans: The plan cache; its keys are buckets.
         policy: How requests become calls now.
         frozen: The parameters' leaves, where they are constants of the plans; else None.
+        plan_fn: What plans compute: `apply_fn`, or the same in another form.
         compile_fn: What makes plans in place of `compile_plan`, or None: `compile_fn(fn, args,
             ask)` gives one; where that has a `replace()`, `ask()` has it called behind.
 
@@ -103,7 +104,7 @@ class Engine:
         self._requests: dict[Part, Tally] = {}
         self._sizes: Counter[int] = Counter()
         self._timed, self._next_look = 0, _FIRST_LOOK
-        self.sealed = False
+        self.sealed, self.plan_fn = False, apply_fn
         self.compile_fn: Callable[..., Any] | None = None
         # Weakly: the device's memory is to be free as soon as nobody holds the inferer.
         settle = weakref.WeakMethod(self._settle)
@@ -329,11 +330,11 @@ class Engine:
 
     def _compile(self, bucket: int) -> Any:
         structure, count, frozen = self._structure, len(self._given), self.frozen
-        apply_fn, inputs, form = self.apply_fn, self.inputs.structure, self.outputs
+        plan_fn, inputs, form = self.plan_fn, self.inputs.structure, self.outputs
 
         def fn(*flat: Any) -> tuple[Any, ...]:
             params = structure.unflatten(flat[:count] if frozen is None else frozen)
-            outputs = apply_fn(params, inputs.unflatten(flat[count:]))
+            outputs = plan_fn(params, inputs.unflatten(flat[count:]))
             form.check_types(outputs, bucket)
             return tuple(jax.tree.leaves(outputs))
 

@@ -1,5 +1,6 @@
 """A model as StableHLO for any number of rows, and such a model as a function again."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,12 +35,15 @@ def exported_model(engine: Engine, params: Any) -> jax.export.Exported:
     """
     if isinstance(engine.apply_fn, Model):
         return engine.apply_fn.exported
-    leaves, inputs = jax.tree.leaves(params), engine.inputs
+    leaves, inputs, apply_fn = jax.tree.leaves(params), engine.inputs, engine.apply_fn
+    if engine.plan_fn is not apply_fn:
+        forms = {"cpu": engine.plan_fn, "default": apply_fn}
+        apply_fn = functools.partial(jax.lax.platform_dependent, **forms)
 
     def model(*given: Any) -> tuple[Any, ...]:
         held = _arranged(params, given[: len(leaves)])
         held = jax.tree.map(_wrapped, held, params)
-        outputs = engine.apply_fn(held, _arranged(inputs.tree, given[len(leaves) :]))
+        outputs = apply_fn(held, _arranged(inputs.tree, given[len(leaves) :]))
         return tuple(jax.tree.leaves(plain(outputs)))
 
     rows: Any

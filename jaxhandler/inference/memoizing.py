@@ -3,7 +3,10 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
+
 from jaxhandler.errors import a_type, check_choice, check_count, check_counts, explain
+from jaxhandler.handlers.jaxprs import convolves
 from jaxhandler.inference import policies
 from jaxhandler.inference.engine import Engine
 from jaxhandler.inference.independence import check_row_independence
@@ -11,6 +14,7 @@ from jaxhandler.inference.inferer import MemoizingInferer
 from jaxhandler.inference.parameters import on_device
 from jaxhandler.inference.policies import Policy
 from jaxhandler.inference.rows import Rows, both_axes
+from jaxhandler.models.rewriting import fast_conv as rewritten
 
 __all__ = ["memoizing_inferer"]
 
@@ -28,6 +32,7 @@ def memoizing_inferer(
     row_axis: int | tuple[int, int] = 0,
     narrowing: str = "warn",
     check_rows: bool = False,
+    fast_conv: bool | str = "auto",
 ) -> MemoizingInferer:
     """Makes an inferer of a model: called with any number of rows, it compiles each bucket once.
 
@@ -50,6 +55,9 @@ def memoizing_inferer(
         check_rows: Whether to run the model on `example` first, as `jh.check_row_independence`
             does, and to refuse it where rows influence each other, unless the policy is
             `jh.policies.exact()` without `background`, which neither pads nor splits.
+        fast_conv: Whether convolutions of few channels take the forms that are fast on a CPU, those
+            of `jh.fast_conv(fn, members=False)`; "auto" does. Results differ by rounding, and a
+            plan with such forms takes some tenths of a second more to compile.
 
     Returns:
         A `MemoizingInferer`.
@@ -79,6 +87,7 @@ def memoizing_inferer(
     sizes = check_counts("preload", preload)
     if max_plans is not None:
         check_count("max_plans", max_plans)
+    check_choice("fast_conv", fast_conv, ("auto", True, False))
     flags = {"background": background, "freeze": freeze, "check_rows": check_rows}
     for name, value in flags.items():
         check_choice(name, value, (False, True))
@@ -86,6 +95,11 @@ def memoizing_inferer(
     held = on_device(params)
     rows = Rows(example, in_axis, narrowing=narrowing)
     engine = Engine(apply_fn, held, rows, out_axis, chosen, max_plans, background, freeze)
+    # Forms are those of a CPU; what convolves nothing is spared a trace for each plan.
+    if fast_conv and jax.default_backend() == "cpu":
+        inputs = rows.structure.unflatten(rows.types(2))
+        if convolves(jax.make_jaxpr(apply_fn)(held, inputs)):
+            engine.plan_fn = rewritten(apply_fn, members=False)
     if check_rows and (chosen.mixes or background):
         check_row_independence(apply_fn, held, example, row_axis=row_axis)
     infer = MemoizingInferer(engine, held)

@@ -75,10 +75,7 @@ def single_form(eqn: Any) -> Form | None:
     Returns:
         A function of the equation's operands, or None where it would not pay.
     """
-    types = {array.aval.dtype.name for array in (*eqn.invars, *eqn.outvars)}
-    if not _can_change(eqn) or types not in ({"float32"}, {"float64"}):
-        return None
-    if jax.default_backend() != "cpu":
+    if not _can_change_alone(eqn):
         return None
     product, shifted = _product(eqn, _pays_alone), _shifted(eqn)
     return differentiated_as(product or native(eqn), _once(shifted)) if shifted else product
@@ -96,10 +93,7 @@ def trained_form(eqn: Any) -> Form | None:
     Returns:
         A function of the equation's operands, or None where it would not pay.
     """
-    types = {array.aval.dtype.name for array in (*eqn.invars, *eqn.outvars)}
-    if not _can_change(eqn) or types not in ({"float32"}, {"float64"}):
-        return None
-    if jax.default_backend() != "cpu":
+    if not _can_change_alone(eqn):
         return None
     lhs_spec, _, _ = eqn.params["dimension_numbers"]
     rows = eqn.invars[0].aval.shape[lhs_spec[0]]
@@ -112,6 +106,12 @@ def _can_change(eqn: Any) -> bool:
     arrays = (*eqn.invars, *eqn.outvars)
     empty = any(0 in array.aval.shape for array in arrays)
     return params["batch_group_count"] == 1 and params["out_sharding"] is None and not empty
+
+
+def _can_change_alone(eqn: Any) -> bool:
+    types = {array.aval.dtype.name for array in (*eqn.invars, *eqn.outvars)}
+    single = types in ({"float32"}, {"float64"})
+    return single and jax.default_backend() == "cpu" and _can_change(eqn)
 
 
 def _product(eqn: Any, pays: Callable[..., bool], *, rows_last: bool = False) -> Form | None:

@@ -20,10 +20,19 @@ import safetensors.numpy
 
 import jaxhandler as jh
 from jaxhandler.files import partial_of, replaced_of, write_manifest
+from jaxhandler.inference import exporting
 from jaxhandler.inference.artifact import MODEL, PARAMS, describe
 
 Change = Callable[[dict[str, Any]], object]
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+
+
+IMAGES = np.random.default_rng(0).normal(size=(4, 1, 8, 8)).astype(np.float32)
+KERNEL = IMAGES[:2, :, :3, :3].copy()
+
+
+def convolve(kernel: Any, images: Any) -> Any:
+    return jax.lax.conv(images, kernel, (1, 1), "SAME")
 
 
 def dense(params: Any, x: Any) -> Any:
@@ -52,6 +61,24 @@ def test_a_loaded_inferer_computes_the_same_for_any_number_of_rows(tmp_path: Pat
         np.testing.assert_allclose(loaded(X[:rows]), infer(X[:rows]), rtol=1e-6)
     assert loaded.input_specs == infer.input_specs
     assert loaded.output_specs == infer.output_specs
+
+
+@pytest.mark.parametrize(("platform", "natively"), [("cpu", False), ("cuda", True), ("tpu", True)])
+def test_convolutions_are_fast_on_cpus_and_as_written_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, platform: str, natively: bool
+) -> None:
+    monkeypatch.setattr(exporting, "_PLATFORMS", (platform,))
+    infer = jh.memoizing_inferer(convolve, KERNEL, IMAGES)
+    text = exporting.exported_model(infer.engine, infer.params).mlir_module()
+    assert ("stablehlo.convolution" in text) == natively
+
+
+def test_an_artifact_for_all_platforms_computes_what_the_inferer_computes(tmp_path: Path) -> None:
+    infer = jh.memoizing_inferer(convolve, KERNEL, IMAGES)
+    infer.save(tmp_path / "model")
+    loaded = jh.load_inferer(tmp_path / "model")
+    np.testing.assert_allclose(loaded(IMAGES), infer(IMAGES), rtol=1e-5, atol=1e-5)
+    assert " convolution(" not in loaded.engine.plan(len(IMAGES)).as_text()
 
 
 def test_trees_come_back_with_their_empty_parts(tmp_path: Path) -> None:

@@ -80,6 +80,43 @@ each_policy = pytest.mark.parametrize("name", POLICIES)
 # Results.
 
 
+def convolve(kernel, images):
+    return jax.lax.conv(images, kernel, (1, 1), "SAME")
+
+
+def test_plans_of_a_model_that_convolves_have_the_forms_that_are_fast():
+    images = RNG.normal(size=(8, 1, 8, 8)).astype(np.float32)
+    kernel = RNG.normal(size=(4, 1, 3, 3)).astype(np.float32)
+    fast, native = (make(convolve, kernel, images, fast_conv=on) for on in ("auto", False))
+    for num_rows in (1, 8):
+        np.testing.assert_allclose(
+            fast(images[:num_rows]), native(images[:num_rows]), rtol=1e-5, atol=1e-5
+        )
+        assert " convolution(" not in fast.engine.plan(num_rows).as_text()
+        assert " convolution(" in native.engine.plan(num_rows).as_text()
+
+
+def test_a_model_that_convolves_nothing_is_traced_as_often_as_without_forms():
+    def traces(**settings):
+        seen = []
+
+        def counted(params, inputs):
+            seen.append(1)
+            return apply_fn(params, inputs)
+
+        infer = make(counted, **settings)
+        made = len(seen)
+        infer.preload((1, 4))
+        return len(seen) - made
+
+    assert traces() == traces(fast_conv=False) == 2
+
+
+def test_what_is_no_choice_of_forms_is_refused():
+    with pytest.raises(ValueError, match=r"fast_conv: saw 'fast', expected .*'auto'"):
+        make(fast_conv="fast")
+
+
 @each_policy
 @hypothesis.given(num_rows=st.integers(0, 40), seed=st.integers(0, 99))
 def test_results_are_those_of_the_function_for_any_number_of_rows(name, num_rows, seed):
