@@ -1,10 +1,11 @@
 """What does comparing digests cost those who read an output for the first time?
 
-Rows of 784 float32 were written by `jh.copy_rows`, with the CRC-32 of every MiB in the manifest,
-and lie in the page cache. Each run is that of a process that has never seen them, and compares all
-of them; its peer reads a copy whose manifest was deleted, which is read like anybody's file. Later
-passes of a process compare nothing and are not in the table. In each round all are timed next to
-each other, in another order:
+Rows of 784 float32 were written by `jh.copy_rows`, with the CRC-32 of every MiB in the manifest.
+Each run is that of a process that has never seen them, and compares all of them; its peer reads a
+copy whose manifest was deleted, which is read like anybody's file. Later passes of a process
+compare nothing and are not in the table. Files lie on the disk, or in the page cache: a `cold` run
+begins with their pages forgotten, a `warm` one with all of them read. In each round all are timed
+next to each other, in another order:
 
 - read: `jh.open_source(path).read(start, stop)`, macrobatch after macrobatch, nothing computed;
 - calculate, evaluate, fit: `calc_from_host`, `validate_from_host` and an epoch of `train_from_host`
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import functools
 import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ from benchmarks.common import (
     RESULTS,
     Times,
     arguments,
+    forget_pages,
     interleaved,
     load_pages,
     median,
@@ -46,7 +48,7 @@ from benchmarks.common import (
 from benchmarks.models import LEARNING_RATE, MODELS, Task, loss_fn, make_task
 
 _COLUMNS = (
-    "run", "format", "MB", "plain ms", "compared ms", "MB/s", "us a MB", "again/plain",
+    "run", "format", "pages", "MB", "plain ms", "compared ms", "MB/s", "us a MB", "again/plain",
     "compared/plain",
 )  # fmt: skip
 _FORMATS = (".npy", ".zarr", ".h5", ".arrow", ".parquet")
@@ -64,13 +66,13 @@ def main() -> None:
         for ending in _FORMATS:
             folder = Path(name) / ending[1:]
             _write(folder, task, ending)
-            rows.append(_row(folder, "read", ending, _read, rounds))
+            rows += _rows(folder, "read", ending, _read, rounds)
         for model in MODELS:
             task = make_task(model, quick=options.quick)
             folder = Path(name) / model.name
             _write(folder, task, ".npy")
             for run, work in _runs(task).items():
-                rows.append(_row(folder, f"{run}, {model.name}", ".npy", work, rounds))
+                rows += _rows(folder, f"{run}, {model.name}", ".npy", work, rounds)
     notes = ["bar: compared/plain at most 1.02"]
     report("digests", rows, options, columns=_COLUMNS, notes=notes)
 
@@ -85,6 +87,8 @@ def _write(folder: Path, task: Task, ending: str) -> None:
         shutil.copytree(compared, folder / other)
         for manifest in (folder / other).rglob("*manifest.json"):
             manifest.unlink()
+    # Pages that were never written cannot be forgotten.
+    os.sync()
 
 
 def _read(folder: Path, ending: str) -> None:
@@ -120,8 +124,21 @@ def _runs(task: Task) -> dict[str, Callable[[Path, str], object]]:
     }
 
 
-def _row(
+def _rows(
     folder: Path, run: str, ending: str, work: Callable[[Path, str], object], rounds: int
+) -> Iterator[dict[str, Any]]:
+    for pages, touch in (("cold", forget_pages), ("warm", load_pages)):
+        yield {"run": run, "format": ending, "pages": pages} | _row(
+            folder, ending, work, touch, rounds
+        )
+
+
+def _row(
+    folder: Path,
+    ending: str,
+    work: Callable[[Path, str], object],
+    touch: Callable[[Path], None],
+    rounds: int,
 ) -> dict[str, Any]:
     peers = {
         name: functools.partial(work, folder / name, ending)
@@ -133,7 +150,7 @@ def _row(
         # A file that has changed is a new one, of which nothing has been compared; that of a second
         # ago may be changing still.
         for path in files:
-            load_pages(path)
+            touch(path)
             os.utime(path, (0, next(_times)))
 
     for peer in (*peers.values(), *peers.values()):
@@ -145,8 +162,6 @@ def _row(
     )
     pairs = (("again", "plain"), ("compared", "plain"))
     return {
-        "run": run,
-        "format": ending,
         "MB": size,
         "plain ms": 1e3 * median(times, "plain"),
         "compared ms": 1e3 * median(times, "compared"),

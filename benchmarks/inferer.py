@@ -13,6 +13,7 @@ of its own and wakes the caller afterwards; with "sync" the caller computes. Row
 - stream: 200 requests of 1 to 64 rows, all sizes as likely, warm: one policy or peer against
   another. ONNX Runtime has one thread; tract keeps a plan of each size, as the ancestor did; `jit`
   and a dictionary of plans compiled ahead of time are JAX by hand. `adaptive(11)` has learnt;
+  `frozen` is `exact` with `freeze=True`: its parameters are constants, as those of the others are;
 - cold: the same requests from the first on, compiles included, by one plan per size against
   powers of two;
 - compiles, alive, threads, memory, stall: see `benchmarks/inferer_counts.py`.
@@ -52,6 +53,7 @@ _STREAMS = (
     ("adaptive(11)", "exact", "at most 1.2"),
     ("exact", "tract", "at most 0.5"),
     ("exact", "onnxruntime", "at most 1.6, aim 1"),
+    ("frozen", "onnxruntime", ""),
     ("powers of two", "onnxruntime", ""),
     ("exact", "dictionary", ""),
     ("exact", "jit", ""),
@@ -160,6 +162,7 @@ def _stream(model: Model, rounds: int, quick: bool) -> Iterator[Row]:
     sizes = _sizes(20 if quick else 200)
     inferers = _inferers(model)
     peers = {**{name: make(model) for name, make in PEERS.items()}, **inferers}
+    peers["frozen"] = jh.memoizing_inferer(model.apply_fn, model.params, model.example, freeze=True)
     check_parity(peers, model)
     learning = {"MLP": 60_000, "conv": 8_000}[model.name]
     for size in _sizes(50 if quick else learning, seed=1):

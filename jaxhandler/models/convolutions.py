@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhandler.models.forms import Form, differentiated_as, native
-from jaxhandler.models.orders import RowsLast
+from jaxhandler.models.forms import Form, differentiated_as
+from jaxhandler.models.orders import InOrder, as_written
 from jaxhandler.models.tiles import Tiling, best_tiling, convolve, convolve_rows_last
 
 __all__ = ["convolution_form", "pays", "single_form", "trained_form"]
@@ -36,6 +36,9 @@ MOST_TERMS_TIMES_OUTPUTS = 900
 LEAST_INPUTS = 3
 # As many rows as a processor of today copies at a time: their axis may be the last one.
 LEAST_ROWS = 16
+# A sum to more outputs than that does not pay for results of more bytes: what is larger is given to
+# a process anew each time it is asked for, page by page.
+MOST_BYTES = 2**24
 # A product pays for as many channels, and inputs of an output.
 MOST_INPUTS = 6
 MOST_OUTPUTS = 16
@@ -52,7 +55,8 @@ def convolution_form(eqn: Any) -> Form | None:
     Returns:
         A function of the equation's operands, or None where it would not pay.
     """
-    return _product(eqn, pays) if _can_change(eqn) else None
+    product = _product(eqn, pays) if _can_change(eqn) else None
+    return None if product is None else _as_written(_in_order(eqn, product))
 
 
 def single_form(eqn: Any) -> Form | None:
@@ -78,7 +82,9 @@ def single_form(eqn: Any) -> Form | None:
     if not _can_change_alone(eqn):
         return None
     product, shifted = _product(eqn, _pays_alone), _shifted(eqn)
-    return differentiated_as(product or native(eqn), _once(shifted)) if shifted else product
+    if shifted is not None:
+        return _in_order(eqn, differentiated_as(product or _native(eqn), _once(shifted)))
+    return None if product is None else _in_order(eqn, product)
 
 
 def trained_form(eqn: Any) -> Form | None:
@@ -98,7 +104,12 @@ def trained_form(eqn: Any) -> Form | None:
     lhs_spec, _, _ = eqn.params["dimension_numbers"]
     rows = eqn.invars[0].aval.shape[lhs_spec[0]]
     many = isinstance(rows, int) and rows >= LEAST_ROWS
-    return _product(eqn, _pays_alone, rows_last=many and eqn.params["feature_group_count"] == 1)
+    rows_last = many and eqn.params["feature_group_count"] == 1
+    product = _product(eqn, _pays_alone, rows_last=rows_last)
+    if product is None:
+        return None
+    placed = _in_order(eqn, product, rows_last=rows_last)
+    return placed if rows_last else _as_written(placed)
 
 
 def _can_change(eqn: Any) -> bool:
@@ -115,7 +126,10 @@ def _can_change_alone(eqn: Any) -> bool:
 
 
 def _product(eqn: Any, pays: Callable[..., bool], *, rows_last: bool = False) -> Form | None:
-    """A convolution as a product, if that pays; over arrays with their rows last, if so asked."""
+    """A convolution of `[B, *space, I]`, or `[I, *space, B]`, as a product, if that pays.
+
+    The kernel is `[*window, I, O]`; the result has its channels where the operand has.
+    """
     params, [result] = eqn.params, eqn.outvars
     lhs, rhs = (operand.aval for operand in eqn.invars)
     lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
@@ -155,18 +169,14 @@ def _product(eqn: Any, pays: Callable[..., bool], *, rows_last: bool = False) ->
         y = jax.vmap(one_group, in_axes=-2, out_axes=-2)(x, kernel)
         return y.reshape(*y.shape[:-2], outputs)
 
-    if rows_last:
-        takes, gives = ((spec[1], *spec[2:], spec[0]) for spec in (lhs_spec, out_spec))
-        places = (*rhs_spec[2:], rhs_spec[1], rhs_spec[0])
-        return RowsLast(lambda x, kernel: form(x, kernel.transpose(places)), takes, gives)
-    return _channels_last(eqn, form)
+    return form
 
 
 def _shifted(eqn: Any) -> Form | None:
-    """A convolution as a sum of shifted images, if that pays."""
+    """A convolution of `[B, *space, I]` as a sum of shifted images, if that pays."""
     params, [result] = eqn.params, eqn.outvars
-    rhs = eqn.invars[1].aval
-    _, rhs_spec, out_spec = params["dimension_numbers"]
+    lhs, rhs = (operand.aval for operand in eqn.invars)
+    lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
     outputs, inputs, *window = (rhs.shape[axis] for axis in rhs_spec)
     terms = math.prod(window) * inputs
     if math.prod(window) == 1 or terms > min(MOST_TERMS, MOST_TERMS_TIMES_OUTPUTS / outputs):
@@ -176,6 +186,10 @@ def _shifted(eqn: Any) -> Form | None:
     if {params["feature_group_count"], *params["lhs_dilation"]} != {1}:
         return None
     out = [result.aval.shape[axis] for axis in out_spec[2:]]
+    rows = lhs.shape[lhs_spec[0]]
+    size = (rows if isinstance(rows, int) else 1) * math.prod(out) * outputs
+    if outputs > MOST_OUTPUTS and size * rhs.dtype.itemsize > MOST_BYTES:
+        return None
     sides = list(zip(out, params["window_strides"], params["rhs_dilation"], strict=True))
 
     def form(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -195,20 +209,30 @@ def _shifted(eqn: Any) -> Form | None:
         places = itertools.product(*map(range, [*window, inputs]))
         return functools.reduce(operator.add, itertools.starmap(term, places))
 
-    return _channels_last(eqn, form)
+    return form
 
 
-def _channels_last(eqn: Any, form: Form) -> Form:
-    """What takes a convolution's operands, of one of `[B, *space, I]`, `[*window, I, O]`."""
+def _native(eqn: Any) -> Form:
+    """A convolution as it is, of `[B, *space, I]` and `[*window, I, O]`."""
+    rank = len(eqn.params["window_strides"])
+    space = tuple(range(1, rank + 1))
+    last = rank + 1
+    layout = ((0, last, *space), (last, rank, *range(rank)), (0, last, *space))
+    params = {**eqn.params, "dimension_numbers": lax.ConvDimensionNumbers(*layout)}
+    return lambda x, kernel: eqn.primitive.bind(x, kernel, **params)
+
+
+def _in_order(eqn: Any, form: Form, *, rows_last: bool = False) -> InOrder:
+    """A form of `[B, *space, I]`, or with rows last, for a convolution's operands."""
     lhs_spec, rhs_spec, out_spec = eqn.params["dimension_numbers"]
+    first, last = (1, 0) if rows_last else (0, 1)
+    takes, gives = ((spec[first], *spec[2:], spec[last]) for spec in (lhs_spec, out_spec))
+    places = (*rhs_spec[2:], rhs_spec[1], rhs_spec[0])
+    return InOrder(lambda x, kernel: form(x, kernel.transpose(places)), takes, gives)
 
-    def placed(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        x = x.transpose(lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
-        y = form(x, kernel.transpose(*rhs_spec[2:], rhs_spec[1], rhs_spec[0]))
-        places = (out_spec[0], *out_spec[2:], out_spec[1])  # Where [B, *out, O] belong.
-        return y.transpose([places.index(axis) for axis in range(y.ndim)])
 
-    return placed
+def _as_written(form: InOrder) -> Form:
+    return lambda *operands: as_written(form(*operands))
 
 
 def _once(form: Form) -> Form:

@@ -11,11 +11,19 @@ from jax.extend.core import primitives
 
 from jaxhandler.models.convolutions import convolution_form, single_form, trained_form
 from jaxhandler.models.forms import Form
-from jaxhandler.models.orders import RowsLast, Spread, Turned, as_written, keeping_order
+from jaxhandler.models.orders import (
+    AnyOrder,
+    InOrder,
+    Spread,
+    Turned,
+    as_written,
+    keeping_order,
+)
 from jaxhandler.models.pooling import (
     max_pool_form,
     single_pool_form,
     sum_pool_form,
+    sum_slices,
     trained_pool_form,
 )
 from jaxhandler.models.products import product_form
@@ -33,8 +41,8 @@ FORMS: Forms = {
 # The same for one model, which is not batched over its parameters.
 SINGLE_FORMS: Forms = {
     primitives.conv_general_dilated_p: single_form,
-    primitives.reduce_window_max_p: single_pool_form(max_pool_form),
-    primitives.reduce_window_sum_p: single_pool_form(sum_pool_form),
+    primitives.reduce_window_max_p: single_pool_form(max_pool_form, max_pool_form),
+    primitives.reduce_window_sum_p: single_pool_form(sum_pool_form, sum_slices),
 }
 # Of one model that is differentiated wherever it is called.
 TRAINED_FORMS: Forms = {
@@ -117,7 +125,7 @@ class Rewriter:
             kept = keeping_order(eqn, operands, self._evaluate)
             if kept is not None:
                 return kept
-        if isinstance(form, RowsLast):
+        if isinstance(form, AnyOrder | InOrder):
             return [form(*operands)]
         operands = [as_written(each) for each in operands]
         results = form(*operands) if form else self._bind(eqn, operands)

@@ -10,7 +10,16 @@ from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
 
-__all__ = ["RowsLast", "Spread", "Turned", "as_written", "keeping_order", "turn"]
+__all__ = [
+    "AnyOrder",
+    "InOrder",
+    "Spread",
+    "Turned",
+    "as_written",
+    "keeping_order",
+    "turn",
+    "windows_in",
+]
 
 # What is computed element by element. Others may be, too: they get arrays as they are written.
 ELEMENTWISE = {
@@ -68,7 +77,7 @@ class Spread(NamedTuple):
         )
 
 
-class RowsLast(NamedTuple):
+class InOrder(NamedTuple):
     """A form whose first operand, and whose result, are turned.
 
     Attributes:
@@ -85,6 +94,22 @@ class RowsLast(NamedTuple):
         first, *rest = operands
         result = self.form(turn(first, self.takes), *map(as_written, rest))
         return Turned(result, self.gives)
+
+
+class AnyOrder(NamedTuple):
+    """A form whose result has the order of its operand.
+
+    Attributes:
+        make: `make(order)` gives the form for an array in an order; None is for one that no other
+            form has made.
+    """
+
+    make: Callable[[tuple[int, ...] | None], Callable[[Any], jax.Array]]
+
+    def __call__(self, operand: Any) -> Any:
+        if isinstance(operand, Turned):
+            return Turned(self.make(operand.order)(operand.array), operand.order)
+        return self.make(None)(as_written(operand))
 
 
 def as_written(value: Any) -> Any:
@@ -116,6 +141,15 @@ def turn(value: Any, order: tuple[int, ...]) -> Any:
     return value.transpose(order) if np.ndim(value) else value
 
 
+def windows_in(order: tuple[int, ...], eqn: Any) -> Callable[..., jax.Array]:
+    """Returns what an equation of windows does by itself, for arrays in an order."""
+    params = {
+        name: tuple(value[axis] for axis in order) if isinstance(value, tuple) else value
+        for name, value in eqn.params.items()
+    }
+    return lambda *arrays: eqn.primitive.bind(*arrays, **params)
+
+
 def keeping_order(
     eqn: Any,
     operands: Sequence[Any],
@@ -145,11 +179,7 @@ def keeping_order(
     if eqn.primitive in ELEMENTWISE:
         return [Turned(eqn.primitive.bind(*arrays, **eqn.params), order)]
     if eqn.primitive in WINDOWED:
-        params = {
-            name: tuple(value[axis] for axis in order) if isinstance(value, tuple) else value
-            for name, value in eqn.params.items()
-        }
-        return [Turned(eqn.primitive.bind(*arrays, **params), order)]
+        return [Turned(windows_in(order, eqn)(*arrays), order)]
     if eqn.primitive in REDUCED:
         axes = tuple(order.index(axis) for axis in eqn.params["axes"])
         result = eqn.primitive.bind(*arrays, **{**eqn.params, "axes": axes})

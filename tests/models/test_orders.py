@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="left as 
 
 ROWS = 17
 trained = functools.partial(rewritten, members=False, trained=True)
+single = functools.partial(rewritten, members=False)
 
 
 def normal(seed, *shape):
@@ -49,11 +50,13 @@ def assert_same(fn, *args):
     # In float64, where rounding is no excuse.
     with jax.enable_x64(True):
         args = jax.tree.map(lambda each: each.astype("float64"), args)
-        actual, expected = (with_derivatives(each)(*args) for each in (trained(fn), fn))
-        for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-            assert (one.dtype, one.weak_type) == (other.dtype, other.weak_type)
-            scale = 1 + np.abs(other).max()
-            np.testing.assert_allclose(one / scale, other / scale, atol=1e-11)
+        expected = jax.tree.leaves(with_derivatives(fn)(*args))
+        for forms in (trained, single):
+            actual = jax.tree.leaves(with_derivatives(forms(fn))(*args))
+            for one, other in zip(actual, expected, strict=True):
+                assert (one.dtype, one.weak_type) == (other.dtype, other.weak_type)
+                scale = 1 + np.abs(other).max()
+                np.testing.assert_allclose(one / scale, other / scale, atol=1e-11)
 
 
 def convolve(x, kernel, *, layout="NHWC", strides=(1, 1), padding="SAME", **options):
@@ -136,6 +139,22 @@ def test_a_network_is_turned_once_on_its_way_in_and_once_out(layout, activation)
         return x.reshape(ROWS, -1)
 
     assert turnings(fn, *args) == 2
+    assert_same(fn, *args)
+
+
+@pytest.mark.parametrize(("layout", "turned"), [("NHWC", 0), ("NCHW", 2)])
+def test_a_network_that_predicts_has_its_channels_last_from_end_to_end(layout, turned):
+    x = normal(0, 2, 12, 12, 1).transpose([("NHWC").index(axis) for axis in layout])
+    args = [x, normal(1, 3, 3, 1, 4), normal(2, 4), normal(3, 3, 3, 4, 5)]
+
+    def fn(x, first, bias, second):
+        bias = bias if layout == "NHWC" else bias[:, None, None]
+        x = max_pool(jax.nn.relu(convolve(x, first, layout=layout) + bias), layout)
+        return jax.nn.relu(convolve(x, second, layout=layout)).reshape(len(x), -1)
+
+    eqns = jax.make_jaxpr(single(fn))(*args).eqns
+    moved = [eqn.invars[0].aval for eqn in eqns if eqn.primitive.name == "transpose"]
+    assert sum(array.size > args[2].size for array in moved) == turned
     assert_same(fn, *args)
 
 

@@ -198,19 +198,82 @@ def test_members_are_right_too(x, kernel):
     assert_close(values_and_gradients(fast)(x, kernels), values_and_gradients(convolve)(x, kernels))
 
 
-def pooled(x):
-    pools = jax.lax.reduce_window(
-        jax.nn.relu(x), -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+def pool(x, size=2, stride=2, layout="NHWC", kind="max"):
+    window, strides = ([each if axis in "HW" else 1 for axis in layout] for each in (size, stride))
+    if kind == "max":
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, "VALID")
+    return jax.lax.reduce_window(x, 0.0, jax.lax.add, window, strides, "VALID")
+
+
+def pools_natively(fn, *args) -> bool:
+    return "reduce_window" in str(jax.make_jaxpr(jh.fast_conv(fn, members=False))(*args))
+
+
+@pytest.mark.parametrize("kind", ["max", "sum"])
+@pytest.mark.parametrize(
+    ("options", "shape", "natively"),
+    [
+        ({}, (2, 8, 8, 1), False),
+        ({"size": 3}, (2, 8, 8, 16), False),
+        ({"size": 3}, (2, 8, 8, 4), True),
+        ({"layout": "NCHW"}, (2, 1, 8, 8), False),
+        ({"size": 9, "stride": 9}, (2, 9, 9, 1), True),
+        ({}, (33, 64, 64, 16), True),
+        ({"layout": "NCHW"}, (33, 16, 64, 64), False),
+    ],
+    ids=["small", "overlap", "few", "channels first", "wide", "large", "large, channels first"],
+)
+def test_a_pool_is_slices_where_they_are_fast(kind, options, shape, natively):
+    fn = lambda x: pool(jax.nn.relu(x), kind=kind, **options)  # noqa: E731
+    assert pools_natively(fn, spec(*shape)) == natively
+
+
+def test_a_large_pool_is_slices_where_a_form_has_made_its_operand():
+    x, kernel, images = spec(64, 64, 64, 1), spec(3, 3, 1, 16), spec(64, 64, 64, 16)
+    assert pools_natively(pool, images)
+    assert not pools_natively(lambda *args: pool(jax.nn.relu(convolve(*args)) + 1), x, kernel)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"size": 3}, {"kind": "sum"}, {"size": 3, "kind": "sum"}, {"size": 9}],
+    ids=["max", "overlap", "sum", "overlapping sum", "wide"],
+)
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_a_pool_of_one_model_gives_what_it_gives_natively(layout, options):
+    x = normal(0, 3, 11, 10, 2).transpose([("NHWC").index(axis) for axis in layout])
+    kernel, axes = normal(1, 2, 2, 2, 16), (layout, "HWIO", layout)
+    native = lambda *args: pool(  # noqa: E731
+        jax.nn.relu(convolve(*args, dimension_numbers=axes)), layout=layout, **options
     )
-    return pools.sum()
+    found = derivatives(jh.fast_conv(native, members=False))(x, kernel)
+    assert_close(found, derivatives(native)(x, kernel))
 
 
-def test_a_pool_is_native_where_nothing_is_differentiated():
-    images = jnp.arange(32.0, dtype=jnp.float32).reshape(2, 4, 4, 1)
+def test_the_first_of_equals_has_the_gradient_of_a_pool_of_one_model():
+    images = jnp.arange(32.0, dtype=jnp.float32).reshape(2, 4, 4, 1) // 3
+    pooled = lambda x: pool(jax.nn.relu(x)).sum()  # noqa: E731
     fast = jh.fast_conv(pooled, members=False)
     assert fast(images) == pooled(images)
-    assert "reduce_window" in jax.jit(fast).lower(images).as_text()
     gradient = jax.jit(jax.grad(fast)).lower(images).as_text()
     assert "reduce_window" not in gradient
     assert "select_and_scatter" not in gradient
     assert jnp.array_equal(jax.grad(fast)(images), jax.grad(pooled)(images))
+
+
+def test_pools_are_exported_for_any_number_of_rows(x, kernel):
+    def fn(x, kernel):
+        return pool(convolve(x, kernel)), pool(x), pool(x, 3, 1, kind="sum")
+
+    [rows] = jax.export.symbolic_shape("rows")
+    exported = jax.export.export(jax.jit(jh.fast_conv(fn, members=False)))(
+        spec(rows, *x.shape[1:]), spec(*kernel.shape)
+    )
+    for each in (x, x[:1]):
+        assert_close(exported.call(each, kernel), fn(each, kernel))
+
+
+def test_a_sum_to_many_channels_stays_where_its_result_is_large():
+    kernel = spec(3, 3, 3, 32)
+    assert form(spec(128, 32, 32, 3), kernel, padding="SAME") == "sum"
+    assert form(spec(129, 32, 32, 3), kernel, padding="SAME") == "native"
