@@ -99,11 +99,11 @@ if TYPE_CHECKING:
     from jaxhandler.inference.noise import with_epsilon as with_epsilon
     from jaxhandler.inference.recurrent import recurrent as recurrent
     from jaxhandler.inference.requests import BatcherStats as BatcherStats
-    from jaxhandler.inference.runtime import RunError as RunError
     from jaxhandler.inference.runtime import Runtime as Runtime
     from jaxhandler.inference.runtime import runtime as runtime
     from jaxhandler.inference.stats import InfererStats as InfererStats
     from jaxhandler.inference.store import enable_plan_store as enable_plan_store
+    from jaxhandler.inference.turns import RunError as RunError
     from jaxhandler.models.adapters import from_linen as from_linen
     from jaxhandler.models.adapters import from_nnx as from_nnx
     from jaxhandler.models.precision import cast as cast
@@ -149,9 +149,10 @@ else:
         "inference.noise": "with_epsilon",
         "inference.recurrent": "recurrent",
         "inference.requests": "BatcherStats",
-        "inference.runtime": "RunError Runtime runtime",
+        "inference.runtime": "Runtime runtime",
         "inference.stats": "InfererStats",
         "inference.store": "enable_plan_store",
+        "inference.turns": "RunError",
         "models.adapters": "from_linen from_nnx",
         "models.precision": "cast",
         "models.rewriting": "fast_conv",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxhandler.errors import a_type, explain
+from jaxhandler.inference.agents import check_agents
 from jaxhandler.inference.inferer import MemoizingInferer, check_inferer
 from jaxhandler.inference.named import join_rows, split_rows
 
@@ -55,6 +56,7 @@ class Batched:
             >>> queue
             Batched(1 row, MemoizingInferer(...))
         """
+        check_agents((agent,))
         self.extend({agent: inputs})
 
     def extend(self, requests: Mapping[Any, Any]) -> None:

@@ -36,8 +36,17 @@ class Behind:
                 return
             self._waiting[bucket] = None
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="jaxhandler-compile")
-                self._thread.start()
+                # Asked by a daemon it would be one too, and be ended within XLA, which aborts.
+                thread = threading.Thread(
+                    target=self._work, name="jaxhandler-compile", daemon=False
+                )
+                try:
+                    thread.start()
+                except RuntimeError:
+                    # Some versions of Python begin no threads while they end.
+                    self._waiting = {}
+                else:
+                    self._thread = thread
 
     def wait(self) -> None:
         """Waits until nothing is being built."""

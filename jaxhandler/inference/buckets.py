@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Observed", "learned_buckets"]
+__all__ = ["Looks", "Observed", "learned_buckets"]
 
 _MOST_CANDIDATES = 256
+_FIRST_LOOK = 40
+_LOOKS_GROW = 1.3
 
 
 class Observed(NamedTuple):
@@ -28,6 +30,38 @@ class Observed(NamedTuple):
     seconds: Mapping[int, float]
     compile_seconds: float
     compiled: frozenset[int]
+
+
+class Looks:
+    """When a policy that learns is to look again: after so many timed calls, ever more of them.
+
+    Sooner where as many plans were evicted since as there may be: sizes have changed.
+
+    Args:
+        max_plans: The most plans there may be; None for any number.
+
+    Example:
+        >>> looks = Looks(max_plans=2)
+        >>> [looks.due(evictions) for evictions in (0, 1, 2, 2)]
+        [False, False, True, False]
+    """
+
+    def __init__(self, max_plans: int | None) -> None:
+        self._max_plans = max_plans or 1
+        self._timed, self._next, self._evictions = 0, _FIRST_LOOK, 0
+
+    def due(self, evictions: int) -> bool:
+        """Counts a timed call; returns whether to look now.
+
+        Args:
+            evictions: How many plans were evicted so far.
+        """
+        self._timed += 1
+        if self._timed < self._next and evictions < self._evictions + self._max_plans:
+            return False
+        self._next = max(self._next, int(self._timed * _LOOKS_GROW) + 1)
+        self._evictions = evictions
+        return True
 
 
 def learned_buckets(observed: Observed, max_plans: int) -> tuple[int, ...]:

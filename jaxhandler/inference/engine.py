@@ -14,10 +14,10 @@ import numpy as np
 
 from jaxhandler.errors import SealedError, explain
 from jaxhandler.inference.behind import Behind
-from jaxhandler.inference.buckets import Observed
+from jaxhandler.inference.buckets import Looks, Observed
 from jaxhandler.inference.costs import Costs
 from jaxhandler.inference.parameters import type_of
-from jaxhandler.inference.policies import Part, Policy
+from jaxhandler.inference.policies import Part, Policy, buckets
 from jaxhandler.inference.rows import Rows, elsewhere, pad, traced_outputs, trim, wait_for
 from jaxhandler.inference.standins import stood_in
 from jaxhandler.inference.stats import InfererStats
@@ -26,8 +26,6 @@ from jaxhandler.tally import Tally
 
 __all__ = ["Engine", "Hidden"]
 
-_FIRST_LOOK = 40
-_LOOKS_GROW = 1.3
 _MOST_AT_ONCE = 64
 _MOST_SHAPES = 4096
 _FIRST_TIMED = 16
@@ -39,7 +37,6 @@ class Hidden(Protocol):
 
     def fill(self, leaves: list[Any], start: int, stop: int, bucket: int) -> None:
         """Puts arrays `[bucket, ...]` into the leaves of rows `start` to `stop` that are None."""
-        ...
 
     def keep(self, outputs: Sequence[Any], start: int, stop: int, bucket: int) -> Sequence[Any]:
         """Keeps what it wants of the outputs `[bucket, ...]` of these rows, returns the others."""
@@ -103,7 +100,7 @@ class Engine:
         # Requests are counted by rows, apart for those that found theirs there and the others.
         self._requests: dict[Part, Tally] = {}
         self._sizes: Counter[int] = Counter()
-        self._timed, self._next_look = 0, _FIRST_LOOK
+        self._looks = Looks(self.plans.max_plans)
         self.sealed, self.plan_fn = False, apply_fn
         self.compile_fn: Callable[..., Any] | None = None
         # Weakly: the device's memory is to be free as soon as nobody holds the inferer.
@@ -249,11 +246,16 @@ class Engine:
             seen, fix = f"sizes that need {len(wanted)} plans", "Preload fewer, or raise max_plans."
             raise ValueError(explain("sizes", seen=seen, expected=f"at most {most}", fix=fix))
         missing = [bucket for bucket in sorted(wanted) if bucket not in self.plans]
-        if not missing:
+
+        def make(bucket: int) -> None:
+            self.plan(bucket)  # Not given back, which would hold it beyond `max_plans`.
+
+        # Python begins no pool while it ends, when a batcher still computes what it took in.
+        if len(missing) < 2 or not threading.main_thread().is_alive():
+            list(map(make, missing))
             return
         with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
-            # What `plan` gives would be held here, beyond `max_plans`.
-            list(pool.map(lambda bucket: self.plan(bucket) and None, missing))
+            list(pool.map(make, missing))
 
     def seal(self) -> None:
         """From now on compiles nothing; waits for what is being compiled."""
@@ -270,8 +272,10 @@ class Engine:
         learn = self.policy.learn
         if learn is not None and held:
             # Buckets that were chosen and never asked for yet would refuse what was served before.
+            parts = buckets(sorted(held)).parts
             with self._lock:
-                self.policy, self._known = learn(Observed({}, {}, 0.0, held)), {}
+                self.policy = learn(Observed({}, {}, 0.0, held))._replace(parts=parts)
+                self._known = {}
 
     def wait(self) -> None:
         """Waits until no plan is being compiled in the background."""
@@ -353,8 +357,7 @@ class Engine:
         for companion in self._companions:
             if compile_too := companion():
                 compile_too(bucket)
-        replace = getattr(self.plan(bucket), "replace", None)
-        if replace is not None:
+        if replace := getattr(self.plan(bucket), "replace", None):
             replace()
 
     def _look(self) -> None:
@@ -362,16 +365,14 @@ class Engine:
         learn = self.policy.learn
         if learn is None or self.sealed:
             return
+        evictions = self.plans.stats().evictions
         with self._lock:
-            self._timed += 1
-            if self._timed < self._next_look:
+            if not self._looks.due(evictions):
                 return
-            self._next_look = int(self._timed * _LOOKS_GROW) + 1
         stats = self.stats()
         sizes = {size: count for size, count in stats.sizes.items() if size}
-        one = self.costs.compile_seconds()
-        compiled = frozenset(self.plans.keys())
-        learnt = learn(Observed(sizes, self.costs.measured(), one, compiled))
+        costs, compiled = self.costs, frozenset(self.plans.keys())
+        learnt = learn(Observed(sizes, costs.measured(), costs.compile_seconds(), compiled))
         with self._lock:
             if not self.sealed:
                 self.policy, self._known = learnt, {}

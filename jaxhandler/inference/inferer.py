@@ -352,7 +352,7 @@ class MemoizingInferer:
         artifact.save(self.engine, self.params, directory)
 
     def stats(self) -> InfererStats:
-        """Returns what was done so far, by all that share the plans."""
+        """Returns what was done so far with the model's plans, by all that share them."""
         return self.engine.stats()
 
     @property

@@ -1,49 +1,19 @@
 """A runtime of several models: requests queued by name, run oldest first within a time budget."""
 
+import functools
 import math
+import statistics
 import threading
-import time
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
-from jaxhandler.errors import a_type, check_number, explain
+from jaxhandler.errors import a_type, check_count, check_number, explain
 from jaxhandler.inference.agents import check_agents
 from jaxhandler.inference.inferer import MemoizingInferer, check_inferer
 from jaxhandler.inference.named import check_row
+from jaxhandler.inference.turns import Queue, Requests, Taken, Turns, choose
 
-__all__ = ["RunError", "Runtime", "choose", "runtime"]
-
-Requests = dict[Hashable, Any]
-Queue = dict[Hashable, tuple[int, Any]]
-
-
-class RunError(RuntimeError):
-    """Models failed in a run of a runtime, in which others may have succeeded.
-
-    Attributes:
-        results: What the others gave, `{name: {agent: outputs}}`.
-        errors: What each model that failed raised, by its name.
-        requests: What they were to compute, `{name: {agent: inputs}}`; no longer queued.
-
-    Example:
-        >>> error = RunError({}, {"walker": ValueError("no")}, {"walker": {}})
-        >>> error
-        RunError("walker: saw ValueError('no') when it ran, ...")
-    """
-
-    def __init__(
-        self,
-        results: dict[str, Requests],
-        errors: dict[str, Exception],
-        requests: dict[str, Requests],
-    ) -> None:
-        fix = "What succeeded is in error.results, what did not in error.requests."
-        texts = [
-            explain(name, seen=f"{error!r} when it ran", expected="outputs", fix=fix)
-            for name, error in errors.items()
-        ]
-        super().__init__(" ".join(texts))
-        self.results, self.errors, self.requests = results, errors, requests
+__all__ = ["Runtime", "runtime"]
 
 
 class _Model(NamedTuple):
@@ -161,7 +131,44 @@ class Runtime:
         with self._lock:
             queue = self._find(name).queue
             del self._models[name]
-        return {agent: row for agent, (_, row) in queue.items()}
+        return _rows(queue)
+
+    def clear(self) -> dict[str, Requests]:
+        """Removes all models; tickets go on.
+
+        Returns:
+            What waited for each and will not be computed, `{name: {agent: inputs}}`.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros(1, np.float32))
+            >>> rt = jh.runtime({"walker": infer})
+            >>> rt.clear()
+            {'walker': {}}
+            >>> rt
+            Runtime()
+        """
+        with self._lock:
+            models, self._models = self._models, {}
+        return {name: _rows(model.queue) for name, model in models.items()}
+
+    def __getitem__(self, name: str) -> MemoizingInferer:
+        """Returns a model: for its specs, for `single`, to begin and end its agents.
+
+        Args:
+            name: The model's.
+
+        Raises:
+            ValueError: If no model has the name.
+
+        Example:
+            >>> import numpy as np, jaxhandler as jh
+            >>> infer = jh.memoizing_inferer(lambda w, x: x * w, 2.0, np.zeros(1, np.float32))
+            >>> jh.runtime({"walker": infer})["walker"] is infer
+            True
+        """
+        with self._lock:
+            return self._find(name).infer
 
     def push(self, name: str, agent: Hashable, inputs: Any) -> int:
         """Queues a request.
@@ -205,24 +212,27 @@ class Runtime:
             queue[agent] = ticket, row
         return ticket
 
-    def run_for(self, milliseconds: float) -> dict[str, Requests]:
+    def run_for(self, milliseconds: float, *, threads: int = 1) -> dict[str, Requests]:
         """Runs models oldest first: always one, then those of which the cost fits what is left.
 
         A model computes all that waits for it. What that will cost says its `predict_seconds`, from
-        what was measured, compiles included; of a model that was never measured it says nothing,
-        and it runs while time is left. Those that do not fit keep their place. So does one that
-        Ctrl-C, or what a signal's handler raises, interrupts; results of those before it are lost.
+        what was measured, compiles included; one that was never measured has a plan to compile, in
+        the time that those of the others took. Those that do not fit keep their place. So does one
+        that Ctrl-C, or what a signal's handler raises, interrupts; results of those before it are
+        lost.
 
         Args:
             milliseconds: The budget; `math.inf` runs all.
+            threads: How many models run at once, each as long as one fits: for light ones, since
+                others keep all cores busy by themselves.
 
         Returns:
             What each model that ran gave, `{name: {agent: outputs}}`, in the order in which they
             ran; agents in the order of their requests. Empty where nothing waits.
 
         Raises:
-            TypeError: If the budget is no number.
-            ValueError: If it is negative.
+            TypeError: If the budget is no number, or `threads` not a whole one.
+            ValueError: If the budget is negative, or `threads` below one.
             RunError: If a model failed, after the others ran; has their results, and what the model
                 was to compute, which waits no longer.
 
@@ -238,28 +248,16 @@ class Runtime:
             {'walker': 1, 'swimmer': 0}
         """
         milliseconds = check_number("milliseconds", milliseconds, least=0, finite=False)
-        deadline = time.perf_counter() + milliseconds / 1e3
+        check_count("threads", threads)
         # What is pushed from now on waits for the next run, unless its model is still to come.
-        end = self._ticket
-        results: dict[str, Requests] = {}
-        errors: dict[str, Exception] = {}
-        failed: dict[str, Requests] = {}
-        while (taken := self._take(end, deadline, first=not results and not errors)) is not None:
-            name, infer, queue = taken
-            requests = {agent: row for agent, (_, row) in queue.items()}
-            try:
-                results[name] = infer.batch(requests)
-            except Exception as error:
-                errors[name], failed[name] = error, requests
-            except BaseException:
-                self._put_back(name, queue)
-                raise
-        if errors:
-            raise RunError(results, errors, failed) from next(iter(errors.values()))
-        return results
+        take = functools.partial(self._take, self._ticket)
+        return Turns(take, self._put_back, milliseconds / 1e3).run(threads)
 
-    def run(self) -> dict[str, Requests]:
+    def run(self, *, threads: int = 1) -> dict[str, Requests]:
         """Runs all models for which something waits, oldest first.
+
+        Args:
+            threads: As in `run_for`.
 
         Returns:
             As `run_for`.
@@ -275,7 +273,7 @@ class Runtime:
             >>> {name: float(outputs["anna"]) for name, outputs in rt.run().items()}
             {'swimmer': 3.0, 'walker': 2.0}
         """
-        return self.run_for(math.inf)
+        return self.run_for(math.inf, threads=threads)
 
     def waiting(self) -> dict[str, int]:
         """Returns how many requests wait for each model.
@@ -295,19 +293,22 @@ class Runtime:
         counts = ", ".join(f"{name}: {count} waiting" for name, count in self.waiting().items())
         return f"Runtime({counts})"
 
-    def _take(
-        self, end: int, deadline: float, first: bool
-    ) -> tuple[str, MemoizingInferer, Queue] | None:
+    def _take(self, end: int, left: float) -> Taken | None:
         """Takes what waits for the model whose turn it is; None where none of them fits."""
         with self._lock:
             tickets = {name: _ticket(model) for name, model in self._models.items() if model.queue}
             tickets = {name: ticket for name, ticket in tickets.items() if ticket < end}
-            waiting = {name: self._models[name] for name in tickets}
-            seconds = {
-                name: model.infer.predict_seconds(len(model.queue))
-                for name, model in waiting.items()
+            compiles = {
+                name: model.infer.engine.costs.compile_seconds()
+                for name, model in self._models.items()
             }
-            name = choose(tickets, seconds, math.inf if first else deadline - time.perf_counter())
+            usual = statistics.median([*filter(None, compiles.values())] or [0.0])
+            seconds = {}
+            for name in tickets:
+                infer, queue = self._models[name]
+                first = 0.0 if compiles[name] else usual
+                seconds[name] = first + infer.predict_seconds(len(queue))
+            name = choose(tickets, seconds, left)
             if name is None:
                 return None
             infer, queue = self._models[name]
@@ -363,24 +364,9 @@ def runtime(models: Mapping[str, MemoizingInferer] | None = None) -> Runtime:
     return Runtime(models or {})
 
 
-def choose(tickets: Mapping[str, int], seconds: Mapping[str, float], left: float) -> str | None:
-    """Chooses which model runs next: of those that fit, the one with the oldest ticket.
-
-    Args:
-        tickets: The oldest ticket that waits for each model.
-        seconds: What each will cost, estimated.
-        left: Seconds left; `math.inf` where one has to run. None fits where nothing is left.
-
-    Returns:
-        A name, or None where none fits.
-
-    Example:
-        >>> choose({"walker": 7, "swimmer": 5}, {"walker": 0.001, "swimmer": 0.1}, 0.004)
-        'walker'
-    """
-    fitting = [name for name in tickets if seconds[name] <= left and left > 0]
-    return min(fitting, key=lambda name: tickets[name], default=None)
-
-
 def _ticket(model: _Model) -> int:
     return next(iter(model.queue.values()))[0]
+
+
+def _rows(queue: Queue) -> Requests:
+    return {agent: row for agent, (_, row) in queue.items()}

@@ -452,6 +452,18 @@ def test_a_batcher_that_is_forgotten_answers_and_ends():
     assert not thread.is_alive()
 
 
+def end_of(script):
+    """What a process of its own gives."""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=4 * TIMEOUT,
+    )
+    return done.returncode, done.stdout.split(), done.stderr
+
+
 def test_a_process_that_forgot_to_close_answers_and_ends():
     script = """
 import numpy as np, jaxhandler as jh
@@ -460,14 +472,39 @@ batcher = jh.micro_batcher(infer, max_rows=8, max_wait_ms=1e6)
 for value in (1, 2):
     batcher.submit(np.float32(value)).add_done_callback(lambda future: print(future.result()))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=4 * TIMEOUT,
-    )
-    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["2.0", "4.0"], "")
+    assert end_of(script) == (0, ["2.0", "4.0"], "")
+
+
+def test_agents_are_answered_too_where_a_process_forgot_to_close():
+    script = """
+import numpy as np, jaxhandler as jh
+def model(params, inputs):
+    return {"y": inputs["x"] + inputs["h"], "h": inputs["x"]}
+example = {"x": np.zeros(1, np.float32), "h": np.zeros(1, np.float32)}
+infer = jh.recurrent(jh.memoizing_inferer(model, (), example), "auto")
+batcher = jh.micro_batcher(infer, max_rows=8, max_wait_ms=1e6)
+for value in (1, 2):
+    future = batcher.submit({"x": np.float32(value)}, agent=value)
+    future.add_done_callback(lambda future: print(future.result()["y"]))
+"""
+    assert end_of(script) == (0, ["1.0", "2.0"], "")
+
+
+def test_a_process_ends_well_while_a_plan_is_compiled_behind_a_batch():
+    script = """
+import numpy as np, jax.numpy as jnp, jaxhandler as jh
+def model(params, x):
+    for number in range(150):
+        x = jnp.sin(x @ params) + number
+    return x
+infer = jh.memoizing_inferer(
+    model, np.eye(16, dtype=np.float32), np.zeros((1, 16), np.float32),
+    policy=jh.policies.powers_of_two(64), background=True, preload=(64,),
+)
+with jh.micro_batcher(infer, max_rows=8, max_wait_ms=0) as batcher:
+    print(batcher(np.zeros(16, np.float32)).shape)
+"""
+    assert end_of(script) == (0, ["(16,)"], "")
 
 
 @pytest.mark.parametrize(

@@ -341,6 +341,13 @@ def test_sealing_a_policy_that_learns_keeps_what_it_has_served():
     assert_right(infer(rows(5)), 5)
 
 
+def test_a_sealed_policy_that_learns_splits_what_is_larger_than_all_it_has():
+    infer = make(policy=jh.policies.adaptive(4), preload=(4, 32))
+    infer.seal()
+    assert_right(infer(rows(33)), 33)
+    assert infer.stats().compiles == 2
+
+
 # In the background.
 
 
@@ -423,6 +430,21 @@ def test_an_adaptive_policy_comes_to_the_sizes_that_are_asked_for():
     assert_right(infer(rows(5)), 5)
     assert infer.stats().padded_rows == before
     assert len(infer.engine.plans.keys()) <= 4
+
+
+def test_a_policy_that_learns_looks_as_soon_as_plans_are_evicted():
+    looks = []
+
+    def learn(observed):
+        looks.append(observed)
+        return policy
+
+    policy = jh.policies.adaptive(1)._replace(learn=learn)
+    infer = make(policy=policy)
+    infer(rows(2))
+    assert not looks
+    infer(rows(5))
+    assert [look.compiled for look in looks] == [{8}]
 
 
 # Members.

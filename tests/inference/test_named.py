@@ -203,6 +203,13 @@ def test_what_does_not_fit_leaves_the_queue_unchanged(wrong):
     assert list(queue.execute()) == ["a"]
 
 
+def test_an_agent_that_cannot_be_told_apart_is_refused_by_name():
+    queue = jh.batched(plain())
+    with pytest.raises(TypeError, match=r"agents: .*hashable"):
+        queue.push([1], row())
+    assert len(queue) == 0
+
+
 def test_an_agent_waits_once():
     queue = jh.batched(plain())
     queue.push("a", row((1, 1)))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxhandler as jh
-from jaxhandler.inference.runtime import choose
+from jaxhandler.inference.turns import choose
 
 HOUR, MINUTE_MS = 3600.0, 6e4
 
@@ -324,3 +324,77 @@ def test_it_shows_what_waits(infer):
     rt = jh.runtime({"a": infer, "b": infer})
     rt.push("b", 0, row(1))
     assert repr(rt) == "Runtime(a: 0 waiting, b: 1 waiting)"
+
+
+def test_a_model_that_was_never_measured_is_taken_to_compile_as_long_as_others():
+    first, second = make_infer(), make_infer()
+    first.engine.costs.compiled(HOUR)
+    rt = jh.runtime({"first": first, "second": second})
+    for name in ("first", "second"):
+        rt.push(name, 0, row(1))
+    assert list(rt.run_for(MINUTE_MS)) == ["first"]
+    assert rt.waiting() == {"first": 0, "second": 1}
+    assert list(rt.run_for(MINUTE_MS)) == ["second"]
+
+
+def test_a_model_is_found_by_its_name(infer):
+    rt = jh.runtime({"a": infer})
+    assert rt["a"] is infer
+    with pytest.raises(ValueError, match="name: saw 'b', expected one of 'a'"):
+        rt["b"]
+
+
+def test_clearing_removes_all_models_and_gives_their_requests_back(infer):
+    rt = jh.runtime({"a": infer, "b": infer})
+    last = rt.push("a", "anna", row(1))
+    cleared = rt.clear()
+    assert cleared["a"]["anna"]["x"].tolist() == [1.0, 1.0]
+    assert cleared["b"] == rt.waiting() == {}
+    rt.add("a", infer)
+    assert rt.push("a", "anna", row(1)) == last + 1
+
+
+def test_models_run_side_by_side_in_threads():
+    met = threading.Barrier(2, timeout=MINUTE_MS / 1e3)
+
+    def meets(params, inputs):
+        met.wait()
+        return scale(params, inputs)
+
+    rt = jh.runtime({"a": make_infer(1.0), "b": make_infer(2.0)})
+    for name in ("b", "a"):
+        # While their plans are traced: in one thread, each would wait for the other.
+        rt[name].engine.plan_fn = meets
+        rt.push(name, 0, row(1))
+    results = rt.run(threads=2)
+    assert list(results) == ["b", "a"]
+    assert seen(results) == {"b": {0: 2.0}, "a": {0: 1.0}}
+
+
+def test_threads_share_a_budget(infer):
+    rt = jh.runtime(dict.fromkeys("abc", infer))
+    for name in "bca":
+        rt.push(name, 0, row(1))
+    assert list(rt.run_for(0, threads=3)) == ["b"]
+    assert set(rt.run(threads=2)) == {"a", "c"}
+
+
+def test_a_model_that_fails_in_a_thread_costs_the_others_nothing(infer):
+    def fails(params, inputs):
+        raise ArithmeticError("one")
+
+    bad = make_infer()
+    bad.engine.plan_fn = fails
+    rt = jh.runtime({"bad": bad, "a": infer, "b": infer})
+    for name in ("bad", "a", "b"):
+        rt.push(name, 0, row(1))
+    with pytest.raises(jh.RunError, match="bad: saw ArithmeticError") as caught:
+        rt.run(threads=2)
+    assert list(caught.value.results) == ["a", "b"]
+    assert list(caught.value.requests) == ["bad"]
+
+
+@pytest.mark.parametrize(("threads", "error"), [(0, ValueError), (1.5, TypeError)])
+def test_threads_that_make_no_sense_are_refused(threads, error):
+    with pytest.raises(error, match="threads: saw"):
+        jh.runtime().run_for(1, threads=threads)
