@@ -35,16 +35,20 @@ def exported_model(engine: Engine, params: Any) -> jax.export.Exported:
     """
     if isinstance(engine.apply_fn, Model):
         return engine.apply_fn.exported
-    leaves, inputs, apply_fn = jax.tree.leaves(params), engine.inputs, engine.apply_fn
-    if engine.plan_fn is not apply_fn:
-        forms = {"cpu": engine.plan_fn, "default": apply_fn}
+    leaves, inputs = jax.tree.leaves(params), engine.inputs
+
+    def of(fn: Any) -> Any:
+        return lambda held, given: tuple(jax.tree.leaves(plain(fn(held, given))))
+
+    apply_fn = of(engine.apply_fn)
+    if engine.plan_fn is not engine.apply_fn:
+        forms = {"cpu": of(engine.plan_fn), "default": apply_fn}
         apply_fn = functools.partial(jax.lax.platform_dependent, **forms)
 
     def model(*given: Any) -> tuple[Any, ...]:
         held = _arranged(params, given[: len(leaves)])
         held = jax.tree.map(_wrapped, held, params)
-        outputs = apply_fn(held, _arranged(inputs.tree, given[len(leaves) :]))
-        return tuple(jax.tree.leaves(plain(outputs)))
+        return apply_fn(held, _arranged(inputs.tree, given[len(leaves) :]))
 
     rows: Any
     (rows,) = jax.export.symbolic_shape("rows", constraints=("rows >= 1",))

@@ -57,7 +57,7 @@ def memoizing_inferer(
             `jh.policies.exact()` without `background`, which neither pads nor splits.
         fast_conv: Whether convolutions of few channels take the forms that are fast on a CPU, those
             of `jh.fast_conv(fn, members=False)`; "auto" does. Results differ by rounding, and a
-            plan with such forms takes some tenths of a second more to compile.
+            plan with such forms takes a tenth of a second or two more to compile.
 
     Returns:
         A `MemoizingInferer`.

@@ -116,7 +116,18 @@ def _can_change(eqn: Any) -> bool:
     params = eqn.params
     arrays = (*eqn.invars, *eqn.outvars)
     empty = any(0 in array.aval.shape for array in arrays)
-    return params["batch_group_count"] == 1 and params["out_sharding"] is None and not empty
+    if params["batch_group_count"] != 1 or params["out_sharding"] is not None or empty:
+        return False
+    # Exported for any number of rows, nothing but the rows may be of any size.
+    lhs_spec, _, out_spec = params["dimension_numbers"]
+    rows = (lhs_spec[0], None, out_spec[0])
+    sizes = [
+        size
+        for array, first in zip(arrays, rows, strict=True)
+        for axis, size in enumerate(array.aval.shape)
+        if axis != first
+    ]
+    return all(isinstance(size, int) for size in sizes)
 
 
 def _can_change_alone(eqn: Any) -> bool:
@@ -204,7 +215,7 @@ def _shifted(eqn: Any) -> Form | None:
                 last = first + (size - 1) * stride + 1
                 part = lax.slice_in_dim(part, first, last, stride, axis + 1)
             numbers = lax.slice(kernel, (*place, 0), [*(i + 1 for i in place), outputs])
-            return part * numbers.reshape(outputs)
+            return part * numbers.reshape((1,) * (part.ndim - 1) + (outputs,))
 
         places = itertools.product(*map(range, [*window, inputs]))
         return functools.reduce(operator.add, itertools.starmap(term, places))

@@ -118,7 +118,8 @@ def _pays_alone(eqn: Any, order: Order) -> bool:
     last = array.ndim - 1 if order is None else order[-1]
     if window[last] > 1:
         return eqn.primitive is primitives.reduce_window_max_p or not _overlap(eqn)
-    if _overlap(eqn) and array.shape[last] < LEAST_CHANNELS:
+    channels = array.shape[last]
+    if _overlap(eqn) and isinstance(channels, int) and channels < LEAST_CHANNELS:
         return False
     # Exported for any number of rows, it is one.
     size = math.prod(side for side in array.shape if isinstance(side, int))
@@ -164,6 +165,9 @@ def _pool_form(eqn: Any, combine: Combine, fill: float, order: Order) -> Form | 
         return None
     if max(window) > LARGEST_WINDOW or jax.default_backend() != "cpu":
         return None
+    pooled = [axis for axis in range(len(shape)) if (window[axis], strides[axis]) != (1, 1)]
+    if not all(isinstance(shape[axis], int) for axis in pooled):
+        return None  # Exported for any number of what it goes through.
 
     order = order or tuple(range(len(shape)))
 
@@ -171,10 +175,9 @@ def _pool_form(eqn: Any, combine: Combine, fill: float, order: Order) -> Form | 
         pads = [(*params["padding"][axis], 0) for axis in order]
         x = lax.pad(x, jnp.full((), fill, x.dtype), pads)
         # The last axis first, so that of equals the first one in row-major order wins.
-        for axis in reversed(range(x.ndim)):
-            if (window[axis], strides[axis]) != (1, 1):
-                place = order.index(axis)
-                x = _pool(x, place, window[axis], strides[axis], shape[axis], combine)
+        for axis in reversed(pooled):
+            place = order.index(axis)
+            x = _pool(x, place, window[axis], strides[axis], shape[axis], combine)
         return x
 
     return form

@@ -21,7 +21,8 @@ def fast_conv(fn: Callable[..., Any], *, members: bool = True) -> Callable[..., 
     Each convolution becomes a matrix product, of patches of the input and a banded matrix of the
     kernel, and each max-pool a chain of strided slices. On CPU that trains ten LeNet-5 under `vmap`
     about three times as fast, and compiles no slower. Values, and derivatives of any order, are the
-    native ones but for rounding. A max-pool's gradient goes to the first of equals, as natively;
+    native ones but for rounding, and where an input is NaN or infinite: that reaches up to a tile
+    of outputs around its window. A max-pool's gradient goes to the first of equals, as natively;
     there, XLA's forward and second derivatives do not agree with its gradient, and these do.
 
     One model gains as well, with `members=False`: its convolutions of few channels become products

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +72,58 @@ def test_convolutions_are_fast_on_cpus_and_as_written_elsewhere(
     infer = jh.memoizing_inferer(convolve, KERNEL, IMAGES)
     text = exporting.exported_model(infer.engine, infer.params).mlir_module()
     assert ("stablehlo.convolution" in text) == natively
+
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def layered(kernel: Any, images: Any) -> Any:
+    return jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
+
+
+def sensitivity(kernel: Any, images: Any) -> Any:
+    # The gradient by the kernel, which nobody uses, has the rows for its channels.
+    return jax.grad(lambda *args: jnp.tanh(layered(*args)).sum(), (0, 1))(kernel, images)[1]
+
+
+def rows_as_lines(kernel: Any, rows: Any) -> Any:
+    image = layered(kernel, rows[None, :, :, None])
+    window = (1, 2, 2, 1)
+    pooled = jax.lax.reduce_window(image, -jnp.inf, jax.lax.max, window, (1, 1, 1, 1), "SAME")
+    return image[0] + pooled[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "kernel_shape", "shape"),
+    [
+        (sensitivity, (3, 3, 1, 4), (4, 8, 8, 1)),
+        (rows_as_lines, (1, 3, 1, 4), (4, 9)),
+        (rows_as_lines, (1, 3, 1, 16), (4, 9)),
+    ],
+    ids=["gradients", "few channels", "channels"],
+)
+def test_rows_may_stand_anywhere_in_a_convolution(
+    tmp_path: Path, model: Any, kernel_shape: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    numbers = np.random.default_rng(0)
+    kernel, rows = (numbers.normal(size=each).astype("float32") for each in (kernel_shape, shape))
+    jh.memoizing_inferer(model, kernel, rows).save(tmp_path / "model")
+    found = jh.load_inferer(tmp_path / "model")(rows)
+    np.testing.assert_allclose(found, model(kernel, rows), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_without_a_hash_is_saved(tmp_path: Path) -> None:
+    @dataclass
+    class Net:
+        scale: float
+
+        def __call__(self, kernel: Any, images: Any) -> Any:
+            return self.scale * convolve(kernel, images)
+
+    infer = jh.memoizing_inferer(Net(2.0), KERNEL, IMAGES)
+    infer.save(tmp_path / "model")
+    found = jh.load_inferer(tmp_path / "model")(IMAGES)
+    np.testing.assert_allclose(found, infer(IMAGES), rtol=1e-5, atol=1e-5)
 
 
 def test_an_artifact_for_all_platforms_computes_what_the_inferer_computes(tmp_path: Path) -> None:

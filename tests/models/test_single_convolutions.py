@@ -179,6 +179,12 @@ def test_float64_is_exact(x, kernel):
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_no_rank_is_promoted(x, kernel):
+    expected = convolve(x, kernel)
+    with jax.numpy_rank_promotion("raise"):
+        assert_close(jax.jit(fast)(x, kernel), expected)
+
+
 def test_is_exported_for_any_number_of_rows(x, kernel):
     [rows] = jax.export.symbolic_shape("rows")
     exported = jax.export.export(jax.jit(fast))(spec(rows, *x.shape[1:]), spec(*kernel.shape))
