@@ -10,10 +10,11 @@ of its own and wakes the caller afterwards; with "sync" the caller computes. Row
   with the same arguments, `np.array` of its output included (`device=True` and a wait instead);
 - frozen, given: the same small model with its parameters as 96 leaves, against one leaf, with
   `freeze=True` and without;
-- stream: 200 requests of 1 to 64 rows, all sizes as likely, warm: one policy or peer against
-  another. ONNX Runtime has one thread; tract keeps a plan of each size, as the ancestor did; `jit`
-  and a dictionary of plans compiled ahead of time are JAX by hand. `adaptive(11)` has learnt;
-  `frozen` is `exact` with `freeze=True`: its parameters are constants, as those of the others are;
+- stream: 200 requests of 1 to 64 rows, all sizes as likely, after 16 passes over them: one policy
+  or peer against another. ONNX Runtime has one thread; tract keeps a plan of each size, as the
+  ancestor did; `jit` and a dictionary of plans compiled ahead of time are JAX by hand.
+  `adaptive(11)` has learnt; `frozen` is with `freeze=True`: parameters are constants, as those of
+  ONNX Runtime and tract are;
 - cold: the same requests from the first on, compiles included, by one plan per size against
   powers of two;
 - compiles, alive, threads, memory, stall: see `benchmarks/inferer_counts.py`.
@@ -53,7 +54,8 @@ _STREAMS = (
     ("adaptive(11)", "exact", "at most 1.2"),
     ("exact", "tract", "at most 0.5"),
     ("exact", "onnxruntime", "at most 1.6, aim 1"),
-    ("frozen", "onnxruntime", ""),
+    ("exact, frozen", "onnxruntime", ""),
+    ("adaptive(11), frozen", "onnxruntime", ""),
     ("powers of two", "onnxruntime", ""),
     ("exact", "dictionary", ""),
     ("exact", "jit", ""),
@@ -160,19 +162,24 @@ def _leaves(model: Model, rounds: int, quick: bool) -> Iterator[Row]:
 
 def _stream(model: Model, rounds: int, quick: bool) -> Iterator[Row]:
     sizes = _sizes(20 if quick else 200)
-    inferers = _inferers(model)
+    inferers = _inferers(model) | {
+        f"{name}, frozen": infer for name, infer in _inferers(model, freeze=True).items()
+    }
     peers = {**{name: make(model) for name, make in PEERS.items()}, **inferers}
     peers["frozen"] = jh.memoizing_inferer(model.apply_fn, model.params, model.example, freeze=True)
     check_parity(peers, model)
     learning = {"MLP": 60_000, "conv": 8_000}[model.name]
-    for size in _sizes(50 if quick else learning, seed=1):
-        inferers["adaptive(11)"](model.example[:size])
-    # It would go on compiling, in the midst of what is timed.
-    inferers["adaptive(11)"].seal()
+    for name in ("adaptive(11)", "adaptive(11), frozen"):
+        for size in _sizes(50 if quick else learning, seed=1):
+            inferers[name](model.example[:size])
+        # It would go on compiling, in the midst of what is timed.
+        inferers[name].seal()
     requests = [model.example[:size].copy() for size in sizes]
     runs = {name: functools.partial(_serve, serve, requests) for name, serve in peers.items()}
-    for run in runs.values():
-        run()
+    # Inferers time the first calls of a size, which costs as much as the rest of them.
+    for _ in range(1 if quick else 16):
+        for run in runs.values():
+            run()
     times = interleaved(runs, max(rounds // 2, 1))
     for ours, other, bar in _STREAMS:
         row = _ratio(f"stream: {ours} / {other}", times, ours, other, bar)
@@ -204,14 +211,16 @@ def _cold(model: Model, rounds: int, quick: bool) -> Iterator[Row]:
     yield row
 
 
-def _inferers(model: Model) -> dict[str, jh.MemoizingInferer]:
+def _inferers(model: Model, freeze: bool = False) -> dict[str, jh.MemoizingInferer]:
     policies = {
         "exact": jh.policies.exact(),
         "powers of two": jh.policies.powers_of_two(_LARGEST),
         "adaptive(11)": jh.policies.adaptive(11),
     }
     return {
-        name: jh.memoizing_inferer(model.apply_fn, model.params, model.example, policy=policy)
+        name: jh.memoizing_inferer(
+            model.apply_fn, model.params, model.example, policy=policy, freeze=freeze
+        )
         for name, policy in policies.items()
     }
 
