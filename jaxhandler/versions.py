@@ -1,10 +1,12 @@
-"""The versions and the processor on which artifacts, stored plans and checkpoints depend."""
+"""Versions, settings and the processor on which artifacts, stored plans and checkpoints depend."""
 
 import importlib.metadata
 import platform
 from pathlib import Path
 
-__all__ = ["processor", "versions"]
+import jax
+
+__all__ = ["processor", "settings", "versions"]
 
 
 def processor() -> list[str]:
@@ -45,3 +47,14 @@ def versions(*more: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def settings() -> dict[str, str]:
+    """Returns the settings of JAX on which it depends what a random key draws, by name.
+
+    Example:
+        >>> settings()
+        {'jax_threefry_partitionable': 'True'}
+    """
+    name = "jax_threefry_partitionable"
+    return {name: str(getattr(jax.config, name))}

@@ -194,6 +194,20 @@ def test_a_manifest_that_was_changed_is_refused(tmp_path):
             files.read_manifest(path)
 
 
+@pytest.mark.parametrize("bit", range(8))
+@pytest.mark.parametrize("text", ["format", "jaxhandler"])
+def test_a_manifest_is_not_taken_for_somebody_elses_by_one_bit(text, bit, tmp_path):
+    path = tmp_path / files.MANIFEST
+    files.write_manifest(path, {"rows": 3, "complete": True})
+    whole = path.read_bytes()
+    for place in range(whole.index(text.encode()), whole.index(text.encode()) + len(text)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << bit
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=str(path)):
+            files.read_manifest(path)
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", "3", '"text"', "null", '{"format": "others"}'])
 def test_a_manifest_of_somebody_else_is_none_of_ours(content, tmp_path):
     (tmp_path / files.MANIFEST).write_text(content)

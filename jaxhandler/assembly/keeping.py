@@ -19,7 +19,7 @@ from jaxhandler.data.fingerprints import fingerprint
 from jaxhandler.errors import a_type, explain
 from jaxhandler.handlers.options import Options
 from jaxhandler.handlers.run import Run
-from jaxhandler.versions import versions
+from jaxhandler.versions import settings, versions
 
 __all__ = ["Kept", "identity_of", "keep"]
 
@@ -248,7 +248,7 @@ def identity_of(
         "params": digest_leaves(params, checkpoint.fingerprint),
         "state": digest_leaves((begun.train, begun.params, begun.history), checkpoint.fingerprint),
         "device": device_text(first.device),
-        "versions": versions("numpy", "optax"),
+        "versions": versions("numpy", "optax") | settings(),
     }
 
 

@@ -92,6 +92,9 @@ def checkpoint(
     """
     if not isinstance(directory, str | os.PathLike):
         raise TypeError(explain("directory", seen=a_type(directory), expected="a path"))
+    if Path(directory).exists() and not Path(directory).is_dir():
+        seen, expected = f"{str(directory)!r}, a file", "a folder, or a path where nothing lies"
+        raise ValueError(explain("directory", seen=seen, expected=expected))
     if check_count("keep", keep) < 2:
         fix = "While one is written, or if it is damaged, the other must be there."
         raise ValueError(explain("keep", seen=str(keep), expected="at least 2", fix=fix))

@@ -68,19 +68,25 @@ def commits_in(folder: Path) -> Iterator[Commit]:
         `Commit`s.
 
     Raises:
+        OSError: If there were commits, none is intact, and one could not be read.
         ValueError: If there were commits, and none is intact.
     """
-    broken, intact = [], False
+    broken, intact, unread = [], False, None
     for path in reversed(_paths(folder)):
         try:
             commit = _read(path)
         except (OSError, ValueError) as error:
             broken.append(str(error))
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                unread = unread or error
             continue
         if broken and not intact:
             warn(f"{broken[0]} Going on from {path.name}, an older commit.")
         intact = True
         yield commit
+    if unread is not None and not intact:
+        # It may be whole, and is not to be deleted.
+        raise unread
     if broken and not intact:
         fix = "Delete the folder to start anew."
         seen = "no intact commit: " + " ".join(broken)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhandler.errors import explain
+from jaxhandler.errors import a_type, explain
 from jaxhandler.trees import is_key, on_host
 
 __all__ = [
@@ -179,7 +179,10 @@ def describe_leaf(leaf: Any) -> str:
         keys = leaf if isinstance(leaf, jax.Array) else jnp.zeros((), leaf.dtype)
         return f"{jax.random.key_impl(keys)} keys{list(leaf.shape)}"
     if not hasattr(leaf, "dtype"):
-        leaf = jnp.asarray(leaf)
+        try:
+            leaf = jnp.asarray(leaf)
+        except TypeError:
+            return a_type(leaf)
     return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 

@@ -24,7 +24,7 @@ from jaxhandler.handlers.parts import Share
 from jaxhandler.handlers.program import Program
 from jaxhandler.handlers.run import Run
 from jaxhandler.typing import Callback, Progress, Step
-from jaxhandler.versions import versions
+from jaxhandler.versions import settings, versions
 
 __all__ = ["fold_durably"]
 
@@ -305,7 +305,7 @@ def _identity(
         "out": None if out is None else str(Path(out).absolute()),
         "device": device_text(run.device),
         "sharding": None if run.sharding is None else str(run.sharding),
-        "versions": versions("numpy", "optax"),
+        "versions": versions("numpy", "optax") | settings(),
     }
 
 

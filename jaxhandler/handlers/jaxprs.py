@@ -13,6 +13,8 @@ __all__ = ["calls_host", "convolves", "digest_jaxpr", "primitives"]
 
 # Functions inside are printed with where they happened to lie in memory.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+# The order of a set of texts is another one in each process.
+_SET = re.compile(r"(?<=frozenset\(\{)[^{}]*(?=\}\))")
 
 
 def primitives(jaxpr: Any) -> set[str]:
@@ -76,6 +78,7 @@ def digest_jaxpr(jaxpr: Any) -> str:
     """
     # Colours depend on whether somebody looks.
     text = jaxpr.pretty_print(use_color=False)
+    text = _SET.sub(lambda found: ", ".join(sorted(re.split(r",\s+", found[0]))), text)
     digest = hashlib.sha256(_ADDRESS.sub("", text).encode())
     _add_numbers(digest, jaxpr)
     return digest.hexdigest()[:16]

@@ -62,6 +62,20 @@ def test_a_folder_is_a_path():
         jh.load_state(3)
 
 
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match=r"directory: saw '.*run', a file, expected a folder"):
+        jh.checkpoint(tmp_path / "run")
+
+
+def test_a_state_that_is_no_array_is_refused_by_its_path(tmp_path):
+    entries, arrays = flatten({"n": np.float32(2)}, "state")
+    with Commits(tmp_path, 2) as commits:
+        commits.add({}, {"state": entries}, arrays, {})
+    with pytest.raises(ValueError, match=r"a str in like\['n'\]"):
+        jh.load_state(tmp_path, like={"n": "text"})
+
+
 def test_no_state_where_there_is_no_commit(tmp_path):
     with pytest.raises(FileNotFoundError, match="saw no commit"):
         jh.load_state(tmp_path)

@@ -168,6 +168,15 @@ def test_without_an_intact_commit_all_that_is_damaged_is_named(folder):
     assert "Delete the folder" in str(caught.value)
 
 
+def test_commits_that_cannot_be_read_are_not_called_damaged(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(PermissionError, match="commit-00000003"):
+        newest(folder)
+
+
 @pytest.mark.parametrize("bit", range(0, 8 * 400, 37))
 def test_no_flipped_bit_of_a_manifest_changes_what_is_read(folder, bit):
     """Where a flip is not found, as in a blank, what is read is the same."""

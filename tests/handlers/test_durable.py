@@ -421,6 +421,12 @@ def test_another_call_device_or_version_is_refused(stopped, monkeypatch):
     monkeypatch.setattr("jaxhandler.handlers.durable.versions", lambda *_: {"jax": "9.9"})
     with pytest.raises(ValueError, match=r"versions jax 9.9 where .* is stored"):
         train(stopped)
+    monkeypatch.undo()
+    with (
+        jax.threefry_partitionable(not jax.config.jax_threefry_partitionable),
+        pytest.raises(ValueError, match="versions .*jax_threefry_partitionable False where"),
+    ):
+        train(stopped)
     mesh = jax.sharding.Mesh(jax.devices()[:2], "rows")
     with pytest.raises(ValueError, match="sharding NamedSharding"):
         train(stopped, sharding=jax.NamedSharding(mesh, jax.P("rows")))

@@ -1,5 +1,6 @@
 """`.npy` files: read past their header as they lie."""
 
+import contextlib
 import math
 import tokenize
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import numpy as np
 
 from jaxhandler.data.columns import array_reader
 from jaxhandler.data.readers.flat import Place, check_length, flat_reader
-from jaxhandler.data.readers.intact import FOREIGN, Intact
+from jaxhandler.data.readers.intact import FOREIGN, Intact, RowsOf, rows_of
 from jaxhandler.data.readers.reader import Reader, Stamp, Stored
 from jaxhandler.errors import explain
 
@@ -43,11 +44,28 @@ def npy_reader(path: Path, intact: Intact = FOREIGN) -> Reader:
         array([1, 2])
     """
     name = str(path)
-    intact.check(path, 0, 1)
+    try:
+        intact.check(path, 0, 1)
+        damaged = False
+    except ValueError:
+        damaged = True
+    if damaged:
+        # It may be the header or the rows behind it, which are named where the header makes sense.
+        intact.check(path, 0, 1, _rows_in(name, path))
     with open(path, "rb") as file:
         stored, fortran = header(name, file)
         offset = file.tell()
     return rows_at(name, path, stored, offset, fortran=fortran, intact=intact)
+
+
+def _rows_in(name: str, path: Path) -> RowsOf | None:
+    """Returns which rows lie where; None where the header makes no sense or no row has a byte."""
+    with contextlib.suppress(ValueError), open(path, "rb") as file:
+        stored, fortran = header(name, file)
+        row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+        if row_bytes and not fortran:
+            return rows_of(file.tell(), row_bytes)
+    return None
 
 
 def header(name: str, file: IO[bytes]) -> tuple[Stored, bool]:

@@ -72,6 +72,18 @@ def test_a_process_compares_a_file_once_until_it_changes(path: Path, compared: l
         jh.open_source(path).read(0, 1000)
 
 
+def test_damage_of_the_first_rows_is_named_with_them(path: Path) -> None:
+    flip(path, 128 + 16 * 3)
+    with pytest.raises(ValueError, match=r"CRC-32 of bytes 0 to 1024, rows 0 to 56, expected"):
+        jh.open_source(path)
+
+
+def test_damage_of_a_header_is_named(path: Path) -> None:
+    flip(path, 1)
+    with pytest.raises(ValueError, match=r"CRC-32 of bytes 0 to 1024, expected"):
+        jh.open_source(path)
+
+
 def test_damage_is_named_with_its_rows_and_other_rows_are_read(path: Path) -> None:
     flip(path, 128 + 16 * 300)
     source = jh.open_source(path)
