@@ -219,7 +219,7 @@ class Runtime:
         what was measured, compiles included; one that was never measured has a plan to compile, in
         the time that those of the others took. Those that do not fit keep their place. So does one
         that Ctrl-C, or what a signal's handler raises, interrupts; results of those before it are
-        lost.
+        lost. With threads, those under way are finished, and lost as well.
 
         Args:
             milliseconds: The budget; `math.inf` runs all.

@@ -121,6 +121,8 @@ class Turns:
             except Exception as error:
                 self._found[name] = error
             except BaseException:
+                # Before it waits again: no other thread is to take it, or what else waits.
+                self._ended = True
                 self._put_back(name, queue)
                 raise
 
