@@ -252,9 +252,10 @@ def _once(form: Form) -> Form:
     def kept(x: jax.Array, kernel: jax.Array) -> jax.Array:
         # XLA would run the loop anew inside each loop that uses it, but enters no branch, nor takes
         # one for known behind a barrier.
-        empty = jax.eval_shape(form, x, kernel)
         always = lax.optimization_barrier(jnp.bool_(True))
-        return lax.cond(always, form, lambda *_: jnp.zeros(empty.shape, empty.dtype), x, kernel)
+        # Zeros like the result, not of its shape: inside a user's `shard_map`, or with an explicit
+        # mesh, branches have to agree where they lie.
+        return lax.cond(always, form, lambda *given: jnp.zeros_like(form(*given)), x, kernel)
 
     return kept
 

@@ -156,4 +156,11 @@ class Rewriter:
 
     def _form(self, eqn: Any) -> Form | None:
         find = self._forms.get(eqn.primitive)
-        return None if find is None else find(eqn)
+        return None if find is None or _is_more_than_arrays(eqn) else find(eqn)
+
+
+def _is_more_than_arrays(eqn: Any) -> bool:
+    """Whether types say what forms do not keep: that it is weak, or how an array is sharded."""
+    arrays = *eqn.invars, *eqn.outvars
+    weak = any(array.aval.weak_type for array in eqn.outvars)
+    return weak or any(any(array.aval.sharding.spec) for array in arrays)

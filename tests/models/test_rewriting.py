@@ -351,6 +351,18 @@ def test_types_that_come_out_are_the_same_weak_ones_included(x, kernel):
         assert jax.tree.map(jax.typeof, jax.jit(fast)(x, kernel, scale)) == types
 
 
+@pytest.mark.parametrize("members", [True, False])
+def test_what_is_weakly_typed_stays_so(members):
+    def fn(scale):
+        image, kernel = jnp.full((1, 6, 6, 1), 2.0), jnp.full((3, 3, 1, 2), 3.0)
+        return nn.max_pool(scale * image, (2, 2)), convolve(scale * image, kernel)
+
+    fast = jh.fast_conv(fn, members=members)
+    types = jax.tree.map(jax.typeof, jax.jit(fn)(2.0))
+    assert all(each.weak_type for each in types)
+    assert jax.tree.map(jax.typeof, jax.jit(fast)(2.0)) == types
+
+
 def test_errors_are_those_of_the_function(x, kernel):
     def wrong(x, kernel):
         return convolve(x, kernel) + jnp.ones(17)

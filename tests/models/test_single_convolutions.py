@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxhandler as jh
 
@@ -191,6 +193,24 @@ def test_is_exported_for_any_number_of_rows(x, kernel):
     assert "stablehlo.convolution" not in exported.mlir_module()
     for each in (x, x[:1]):
         assert_close(exported.call(each, kernel), convolve(each, kernel))
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="one device")
+@pytest.mark.parametrize("mapped", [True, False], ids=["shard_map", "explicit mesh"])
+def test_rows_may_lie_on_several_devices(mapped, x, kernel):
+    axis_type = AxisType.Auto if mapped else AxisType.Explicit
+    mesh = jax.make_mesh((2,), ("rows",), (axis_type,), devices=jax.devices()[:2])
+
+    def spread(fn):
+        specs = {"in_specs": (P("rows"), P()), "out_specs": P("rows")}
+        return jax.jit(jax.shard_map(fn, mesh=mesh, **specs) if mapped else fn)
+
+    with jax.set_mesh(mesh):
+        arrays = jax.device_put(x, P("rows")), jax.device_put(kernel, P())
+        assert form(x, kernel) == "sum"
+        found = spread(fast)(*arrays), derivatives(spread(fast))(*arrays)
+    assert len(found[0].sharding.device_set) == 2
+    assert_close(found, (convolve(x, kernel), derivatives(convolve)(x, kernel)))
 
 
 def test_members_are_right_too(x, kernel):
