@@ -87,7 +87,7 @@ class Runtime:
             infer: The new one.
 
         Raises:
-            TypeError: If `infer` is no inferer.
+            TypeError: If `infer` is no inferer, or cannot draw noise for an agent that waits.
             ValueError: If no model has the name, or the new one takes other inputs.
 
         Example:
@@ -106,6 +106,7 @@ class Runtime:
             if (seen, infer.inputs.structure) != (expected, old.infer.inputs.structure):
                 fix = "Use runtime.remove(name) and runtime.add(name, infer)."
                 raise ValueError(explain("infer", seen=seen, expected=expected, fix=fix))
+            _check_agents(infer, tuple(old.queue))
             self._models[name] = old._replace(infer=infer)
 
     def remove(self, name: str) -> Requests:
@@ -195,22 +196,17 @@ class Runtime:
             Traceback (most recent call last):
             ValueError: walker: inputs of agent 7['obs']: saw shape [3], expected [2].
         """
+        argument = f"{name}: inputs of agent {agent!r}"
         with self._lock:
             infer = self._find(name).infer
-        argument = f"{name}: inputs of agent {agent!r}"
-        hidden = infer.agents.layers.hidden if infer.agents is not None else ()
-        leaves = [leaf.copy() for leaf in check_row(infer.inputs, inputs, argument, hidden)]
-        (check_agents if infer.agents is None else infer.agents.check)((agent,))
-        row = infer.inputs.structure.unflatten(leaves)
-        with self._lock:
-            queue = self._find(name).queue
-            if agent in queue:
-                fix = "Run the model before the agent asks again."
-                seen, expected = "a second request", "one until the model has run"
-                raise ValueError(explain(argument, seen=seen, expected=expected, fix=fix))
-            ticket, self._ticket = self._ticket, self._ticket + 1
-            queue[agent] = ticket, row
-        return ticket
+        while True:
+            row = _checked_row(infer, agent, inputs, argument)
+            with self._lock:
+                model = self._find(name)
+                if model.infer is infer:
+                    return self._queue(model.queue, agent, row, argument)
+            # Exchanged meanwhile: what suits one model may not suit another.
+            infer = model.infer
 
     def run_for(self, milliseconds: float, *, threads: int = 1) -> dict[str, Requests]:
         """Runs models oldest first: always one, then those of which the cost fits what is left.
@@ -315,6 +311,15 @@ class Runtime:
             self._models[name] = _Model(infer, {})
         return name, infer, queue
 
+    def _queue(self, queue: Queue, agent: Hashable, row: Any, argument: str) -> int:
+        if agent in queue:
+            fix = "Run the model before the agent asks again."
+            seen, expected = "a second request", "one until the model has run"
+            raise ValueError(explain(argument, seen=seen, expected=expected, fix=fix))
+        ticket, self._ticket = self._ticket, self._ticket + 1
+        queue[agent] = ticket, row
+        return ticket
+
     def _put_back(self, name: str, queue: Queue) -> None:
         """Has requests wait where they did; of an agent that has asked again, what it asks now."""
         with self._lock:
@@ -370,3 +375,15 @@ def _ticket(model: _Model) -> int:
 
 def _rows(queue: Queue) -> Requests:
     return {agent: row for agent, (_, row) in queue.items()}
+
+
+def _checked_row(infer: MemoizingInferer, agent: Hashable, inputs: Any, argument: str) -> Any:
+    """A row of an agent that suits a model, copied."""
+    hidden = infer.agents.layers.hidden if infer.agents is not None else ()
+    leaves = [leaf.copy() for leaf in check_row(infer.inputs, inputs, argument, hidden)]
+    _check_agents(infer, (agent,))
+    return infer.inputs.structure.unflatten(leaves)
+
+
+def _check_agents(infer: MemoizingInferer, agents: tuple[Hashable, ...]) -> None:
+    (check_agents if infer.agents is None else infer.agents.check)(agents)

@@ -77,12 +77,13 @@ class Turns:
         Raises:
             RunError: If a model failed, after the others ran.
         """
-        if threads == 1:
+        # Python begins no pool while it ends.
+        if threads == 1 or not threading.main_thread().is_alive():
             self._work()
         else:
             with ThreadPoolExecutor(threads) as pool:
-                workers = [pool.submit(self._work) for _ in range(threads)]
                 try:
+                    workers = [pool.submit(self._work) for _ in range(threads)]
                     wait(workers)
                 finally:
                     # What Ctrl-C finds waiting waits for another run.

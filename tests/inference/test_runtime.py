@@ -1,15 +1,14 @@
 """The runtime: oldest first, always one, then what fits; nothing lost."""
 
-import itertools
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 
 import jaxhandler as jh
-from jaxhandler.inference.turns import choose
 
 HOUR, MINUTE_MS = 3600.0, 6e4
 
@@ -20,6 +19,13 @@ def scale(params, inputs):
 
 def make_infer(factor=1.0, apply_fn=scale):
     return jh.memoizing_inferer(apply_fn, factor, {"x": np.zeros((1, 2), np.float32)})
+
+
+def make_noisy():
+    """An inferer that needs agents of which it can make numbers."""
+    example = {"x": np.zeros((1, 2), np.float32), "epsilon": np.zeros((1, 2), np.float32)}
+    infer = jh.memoizing_inferer(scale, 1.0, example)
+    return jh.with_epsilon(infer, key="epsilon", noise=jh.noise.normal(jax.random.key(0)))
 
 
 def row(value):
@@ -45,22 +51,6 @@ def seen(results):
 def infer():
     """One inferer, so that few plans are compiled."""
     return make_infer()
-
-
-def test_choose_takes_the_oldest_that_fits():
-    names = "abc"
-    for order in itertools.permutations(range(3)):
-        tickets = dict(zip(names, order, strict=True))
-        for costs in itertools.product((0.0, 1.0, 2.0, HOUR), repeat=3):
-            seconds = dict(zip(names, costs, strict=True))
-            for left in (-1.0, 0.0, 0.5, 1.0, 2.0, math.inf):
-                oldest_first = sorted(names, key=tickets.__getitem__)
-                fits = [name for name in oldest_first if left > 0 and seconds[name] <= left]
-                assert choose(tickets, seconds, left) == (fits[0] if fits else None)
-
-
-def test_choose_takes_none_of_none():
-    assert choose({}, {}, math.inf) is None
 
 
 def test_requests_of_a_model_are_computed_together_in_their_order(infer):
@@ -192,6 +182,35 @@ def test_a_model_of_other_inputs_does_not_replace_it(infer):
         rt.replace("a", wide)
     with pytest.raises(ValueError, match="name: saw 'b', expected one of 'a'"):
         rt.replace("b", infer)
+
+
+def test_a_model_that_cannot_serve_who_waits_does_not_replace_it(infer):
+    rt = jh.runtime({"a": infer})
+    nobody = object()
+    rt.push("a", nobody, row(1))
+    with pytest.raises(TypeError, match="agents: saw <object"):
+        rt.replace("a", make_noisy())
+    assert seen(rt.run()) == {"a": {nobody: 1.0}}
+    rt.replace("a", make_noisy())
+
+
+def test_a_row_is_for_the_model_that_takes_it(infer):
+    class Slow:
+        """A row: while it is read, the model is exchanged."""
+
+        shape, dtype = (2,), np.dtype(np.float32)
+
+        def __array__(self, dtype=None, copy=None):
+            if rt["a"] is infer:
+                rt.replace("a", make_noisy())
+            return np.ones(2, np.float32)
+
+    rt = jh.runtime({"a": infer})
+    slow = {"x": Slow()}
+    with pytest.raises(TypeError, match="agents: saw <object"):
+        rt.push("a", object(), slow)
+    assert rt.waiting() == {"a": 0}
+    assert rt.push("a", "anna", slow) == 0
 
 
 def test_a_model_that_is_removed_gives_its_requests_back(infer):
@@ -352,49 +371,3 @@ def test_clearing_removes_all_models_and_gives_their_requests_back(infer):
     assert cleared["b"] == rt.waiting() == {}
     rt.add("a", infer)
     assert rt.push("a", "anna", row(1)) == last + 1
-
-
-def test_models_run_side_by_side_in_threads():
-    met = threading.Barrier(2, timeout=MINUTE_MS / 1e3)
-
-    def meets(params, inputs):
-        met.wait()
-        return scale(params, inputs)
-
-    rt = jh.runtime({"a": make_infer(1.0), "b": make_infer(2.0)})
-    for name in ("b", "a"):
-        # While their plans are traced: in one thread, each would wait for the other.
-        rt[name].engine.plan_fn = meets
-        rt.push(name, 0, row(1))
-    results = rt.run(threads=2)
-    assert list(results) == ["b", "a"]
-    assert seen(results) == {"b": {0: 2.0}, "a": {0: 1.0}}
-
-
-def test_threads_share_a_budget(infer):
-    rt = jh.runtime(dict.fromkeys("abc", infer))
-    for name in "bca":
-        rt.push(name, 0, row(1))
-    assert list(rt.run_for(0, threads=3)) == ["b"]
-    assert set(rt.run(threads=2)) == {"a", "c"}
-
-
-def test_a_model_that_fails_in_a_thread_costs_the_others_nothing(infer):
-    def fails(params, inputs):
-        raise ArithmeticError("one")
-
-    bad = make_infer()
-    bad.engine.plan_fn = fails
-    rt = jh.runtime({"bad": bad, "a": infer, "b": infer})
-    for name in ("bad", "a", "b"):
-        rt.push(name, 0, row(1))
-    with pytest.raises(jh.RunError, match="bad: saw ArithmeticError") as caught:
-        rt.run(threads=2)
-    assert list(caught.value.results) == ["a", "b"]
-    assert list(caught.value.requests) == ["bad"]
-
-
-@pytest.mark.parametrize(("threads", "error"), [(0, ValueError), (1.5, TypeError)])
-def test_threads_that_make_no_sense_are_refused(threads, error):
-    with pytest.raises(error, match="threads: saw"):
-        jh.runtime().run_for(1, threads=threads)
