@@ -183,7 +183,7 @@ def keep(
     with Commits(folder, checkpoint.keep, fresh=not known) as commits:
         commit = next(commits_in(folder), None)
         if commit is not None:
-            stored = commit.content["identity"]
+            stored = commit.content.get("identity", {})
             _check_batch_size(stored, identity, checkpoint.ignored, str(folder))
             check_same(stored, identity, checkpoint.ignored, str(folder))
         yield Kept(_on_device(begun), commits, checkpoint.every, identity, commit)

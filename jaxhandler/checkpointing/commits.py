@@ -30,6 +30,9 @@ ARRAYS, LOCK = "arrays.safetensors", "lock"
 _KIND, _LAYOUT = "commit", 1
 _NAME = re.compile(r"commit-(\d{8,})")
 _FIX = "It was damaged or changed after it was written."
+# What runs say of themselves, as far as it is there, and the least of what is a number.
+_KINDS = {"identity": dict, "resolved": dict, "at": str, "controller": list, "ended": str}
+_LEAST = {"visits": 0, "visits_per_epoch": 1, "macrobatch_size": 1, "rows": 0}
 
 
 class Commit(NamedTuple):
@@ -232,6 +235,9 @@ def _read(path: Path) -> Commit:
         content, entries, nodes = (manifest[part] for part in ("content", "entries", "nodes"))
         if not all(isinstance(part, dict) for part in (content, entries, nodes, *nodes.values())):
             raise TypeError("what is no dictionary")
+        for part, said in content.items():
+            if not _makes_sense(part, said):
+                raise TypeError(f"{part} {said!r:.40}")
         kinds = [kind for each in entries.values() for kind in stored(each)]
         names = [str(name) for name, _, _ in kinds]
         said = {part: manifest["files"][ARRAYS][part] for part in ("bytes", "sha256")}
@@ -242,6 +248,12 @@ def _read(path: Path) -> Commit:
     data = read_hashed(file, said, expected="what was written", fix=_FIX)
     arrays = decode(data, kinds, str(file))
     return Commit(path, content, entries, dict(zip(names, arrays, strict=True)), nodes)
+
+
+def _makes_sense(part: str, said: Any) -> bool:
+    if part in _LEAST:
+        return type(said) is int and said >= _LEAST[part]
+    return isinstance(said, _KINDS.get(part, object))
 
 
 def _damaged(path: Path, seen: str, expected: str) -> ValueError:

@@ -87,8 +87,8 @@ def fold_durably(
         commit = next(intact, None)
         resolved, stored = (program, options), {}
         if commit is not None:
-            stored = commit.content["identity"]
-            found, ignored = commit.content["resolved"], checkpoint.ignored
+            stored = commit.content.get("identity", {})
+            found, ignored = commit.content.get("resolved", {}), checkpoint.ignored
             resolved = _resolved(found, program, options, stored, ignored)
         run = Run(resolved[0], step, consts, carry, source, resolved[1])
         identity = _identity(run, checkpoint, program, options, out)

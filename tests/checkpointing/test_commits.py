@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,22 @@ def test_a_manifest_without_its_parts_is_damage(folder, part, instead):
         del manifest[part]
     write_manifest(path, manifest)
     with pytest.warns(UserWarning, match=rf"{MANIFEST}: saw parts that make no sense.*older"):
+        assert newest(folder) == 2
+
+
+SENSELESS = [("visits", "x"), ("visits", -1), ("visits", True), ("visits_per_epoch", 0)]
+SENSELESS += [("rows", 2.5), ("macrobatch_size", 0), ("identity", None), ("resolved", [])]
+SENSELESS += [("controller", {}), ("at", 3)]
+
+
+@pytest.mark.parametrize(("part", "said"), SENSELESS)
+def test_a_manifest_that_says_what_no_run_says_is_damage(folder, part, said):
+    path = folder / "commit-00000003" / MANIFEST
+    manifest = read_manifest(path)
+    assert manifest is not None
+    manifest["content"][part] = said
+    write_manifest(path, manifest)
+    with pytest.warns(UserWarning, match=rf"make no sense .*{part} {re.escape(repr(said))}"):
         assert newest(folder) == 2
 
 

@@ -99,9 +99,11 @@ class Intact:
         self._compare(path, entry, numbers, rows_of(offset, row_bytes, first))
 
     def check_layout(self, path: Path | str) -> None:
-        """As `check`, of what a file says about where its rows lie."""
+        """As `check`, of what a file says about where its rows lie, which concerns them all."""
+        every = self.rows
+        rows = None if every is None else lambda *_: (0, every)
         for start, stop in self._entries.get(_absolute(path), {}).get("layout", ()):
-            self.check(path, start, stop)
+            self.check(path, start, stop, rows)
 
     def check_metadata(self) -> None:
         """As `check`, of all files that hold no rows: those of JSON."""

@@ -14,16 +14,18 @@ from jaxhandler.data.readers.intact import FOREIGN, Intact
 from jaxhandler.data.readers.npy import unreadable
 from jaxhandler.data.readers.reader import Reader, Stored, damaged, is_damage, nested
 from jaxhandler.data.readers.zarr_chunks import Chunks
-from jaxhandler.errors import extra
+from jaxhandler.errors import explain, extra
 
 __all__ = ["is_zarr", "zarr_array_reader", "zarr_reader"]
 
-_METADATA = ("zarr.json", ".zarray", ".zgroup")
+_NODES = ("zarr.json", ".zarray", ".zgroup")
+_METADATA = (*_NODES, ".zattrs", ".zmetadata")
+_LARGEST_METADATA = 64 * 2**20
 
 
 def is_zarr(path: Path) -> bool:
     """Returns whether a folder is a Zarr array or group."""
-    return path.suffix == ".zarr" or any((path / name).exists() for name in _METADATA)
+    return path.suffix == ".zarr" or any((path / name).exists() for name in _NODES)
 
 
 def zarr_reader(path: Path, missing: str, intact: Intact = FOREIGN) -> Any:
@@ -116,6 +118,7 @@ def _reader(name: str, array: Any, missing: str, said: set[str], intact: Intact)
 
 def _arrays(zarr: Any, path: Path, keys: list[str]) -> Iterator[tuple[list[str], Any]]:
     """Yields all arrays in a folder; a group of zarr-python's would skip those it cannot open."""
+    _check_sizes(path)
     try:
         node = zarr.open(path, mode="r")
     except (ValueError, TypeError, KeyError, OSError) as error:
@@ -131,6 +134,16 @@ def _arrays(zarr: Any, path: Path, keys: list[str]) -> Iterator[tuple[list[str],
         if name in ("", ".", ".."):
             raise damaged(str(path), "Zarr", f"metadata of {name!r}, outside of its group")
         yield from _arrays(zarr, path / name, [*keys, name])
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuses metadata that nobody has written, before zarr-python reads it into memory."""
+    for name in _METADATA:
+        file = path / name
+        size = file.stat().st_size if file.is_file() else 0
+        if size > _LARGEST_METADATA:
+            seen, expected = f"{size} bytes", f"metadata of at most {_LARGEST_METADATA}"
+            raise ValueError(explain(str(file), seen=seen, expected=expected))
 
 
 def _as_in_memory(array: Any) -> bool:

@@ -84,6 +84,20 @@ def test_damage_of_a_header_is_named(path: Path) -> None:
         jh.open_source(path)
 
 
+@pytest.mark.parametrize("ending", [".h5", ".arrow", ".parquet"])
+def test_damage_of_what_says_where_rows_lie_concerns_all_of_them(
+    ending: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"x{ending}"
+    jh.copy_rows(ROWS, path)
+    manifest = files.read_manifest(files.manifest_of(path))
+    assert manifest is not None
+    [start, _], *_ = manifest["files"][path.name]["layout"]
+    flip(path, start)
+    with pytest.raises(ValueError, match=rf"x{ending}: saw another CRC-32 .* rows 0 to 1000"):
+        jh.open_source(path)
+
+
 def test_damage_is_named_with_its_rows_and_other_rows_are_read(path: Path) -> None:
     flip(path, 128 + 16 * 300)
     source = jh.open_source(path)

@@ -278,3 +278,17 @@ def test_opening_reads_no_chunk(x, path):
     assert jh.open_source(path).num_rows == 22
     metadata = json.loads((path / "zarr.json").read_text())
     assert metadata["shape"] == [22, 4]
+
+
+@pytest.mark.parametrize("inside", ["", "group"])
+@pytest.mark.parametrize("name", ["zarr.json", ".zattrs"])
+def test_metadata_larger_than_memory_is_refused_by_name(inside, name, x, path):
+    write(path / inside / "x", x)
+    for folder in (path, path / inside):
+        zarr.open_group(folder, mode="a")
+    file = path / inside / name
+    file.touch()
+    # A file of holes needs no room.
+    os.truncate(file, 2**42)
+    with pytest.raises(ValueError, match=rf"{name}: saw {2**42} bytes, expected metadata of at"):
+        jh.open_source(path)
