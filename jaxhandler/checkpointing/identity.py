@@ -35,6 +35,7 @@ FIELDS = (
     "key",
     "members",
     "member_order",
+    "strategy",
     "step",
     "metrics",
     "controller",

@@ -54,6 +54,7 @@ class Strategies:
     Attributes:
         trials: Counts the plans of trials, apart from those of runs.
         chosen: What was chosen, by the kind of call.
+        asked: What was asked for, as text: "auto", "vmap", "map of 10".
 
     Raises:
         TypeError: If the chunk is no whole number.
@@ -72,6 +73,7 @@ class Strategies:
             strategy = "map" if strategy == "auto" else strategy
         default = 0 if strategy == "groups" else 1
         self._pinned = None if strategy == "auto" else Strategy(strategy, chunk or default)
+        self.asked = str(self._pinned or "auto")
         self.trials = PlanCache()
         self.chosen: dict[Hashable, Strategy] = {}
         self._adopted: dict[str, Strategy] = {}

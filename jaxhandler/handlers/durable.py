@@ -299,6 +299,7 @@ def _identity(
         "key": key_text(options.key),
         "members": program.members,
         "member_order": program.member_order,
+        "strategy": None if program.strategies is None else program.strategies.asked,
         "step": run.traced.digest,
         "params": digest_leaves(run.consts, checkpoint.fingerprint),
         "state": digest_leaves(run.carry, checkpoint.fingerprint),

@@ -441,6 +441,14 @@ def test_other_parameters_or_another_place_are_refused(tmp_path):
         calculate(tmp_path, "other.npy", ONE)
 
 
+def test_another_strategy_is_refused_by_its_name(tmp_path):
+    with pytest.raises(Stopped):
+        train(tmp_path, stop=7, trainer=ENSEMBLE, state=STATES)
+    mapped = jh.ensemble(TRAINER, members=2, member_order="bootstrap", strategy="map", chunk=2)
+    with pytest.raises(ValueError, match="strategy map of 2 where vmap is stored"):
+        train(tmp_path, trainer=mapped, state=STATES)
+
+
 def test_the_state_of_the_epoch_before_is_refused_in_words(tmp_path):
     state, _ = train(tmp_path, epochs=1)
     with pytest.raises(ValueError, match="folder of its own, in a loop of epochs") as caught:
