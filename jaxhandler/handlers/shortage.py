@@ -24,10 +24,6 @@ from jaxhandler.typing import Step
 
 __all__ = ["Rations", "is_shortage", "let_frames_go", "refusing"]
 
-_SMALLER = (
-    "Lower batch_size, or keep a trainer's and raise accumulate, which splits it into micro-batches"
-)
-
 
 class Rations:
     """How much of a macrobatch a run has on the device at once; less where memory ran out.
@@ -131,7 +127,7 @@ class Rations:
             state: Bytes of parameters and state.
         """
         needs, size = self._needs._replace(workspace=workspace), self._program.batch_size
-        resident, halves = self._options.resident, self._options.on_oom == "halve"
+        resident = self._options.resident
         batches = min(self.share.batches or self._batches, self._batches)
         seen = f"{batches:,} batch{'es' * (batches > 1)} of {size:,} rows at once"
         if self.share.pieces > 1:
@@ -147,14 +143,11 @@ class Rations:
         expected = f"what {device} has room for"
         if free is not None:
             expected += f", where {readable(free)} are free besides what lies there"
-        if resident:
-            fix = f"{_SMALLER}; or call *_from_host, which has two macrobatches there."
-            return explain("batch_size", seen=seen, expected=expected, fix=fix)
         moved = needs.rows + needs.outputs
         hopeless = free is not None and moved + workspace > free
-        if batches == 1 or hopeless or workspace > 2 * batches * moved:
-            fix = _SMALLER if halves else f'{_SMALLER}; on_oom="halve" does so where it must'
-            return explain("batch_size", seen=seen, expected=expected, fix=f"{fix}.")
+        if resident or batches == 1 or hopeless or workspace > 2 * batches * moved:
+            fix = self._smaller(moved + workspace, free)
+            return explain("batch_size", seen=seen, expected=expected, fix=fix)
         fits = -(-batches // 2) * size
         if free is not None:
             fits = min(fitting_rows(self._num_rows, size, needs, free).rows, fits)
@@ -163,6 +156,23 @@ class Rations:
             "in the same order."
         )
         return explain("macrobatch_size", seen=seen, expected=expected, fix=fix)
+
+    def _smaller(self, needed: int, free: int | None) -> str:
+        """Advises a batch that may fit: half of what did not, or less where less is free."""
+        size = self._program.batch_size
+        fits = size // self.share.pieces // 2
+        if free is not None:
+            fits = min(fits, size * free // max(needed, 1))
+        if fits < 1:
+            return "One row is more than there is room for; take a smaller model."
+        fix = (
+            f"Pass batch_size={fits}, or keep a trainer's and raise accumulate, which splits it "
+            "into micro-batches"
+        )
+        if self._options.resident:
+            return f"{fix}; or call *_from_host, which has two macrobatches there."
+        halves = self._options.on_oom == "halve"
+        return f"{fix}." if halves else f'{fix}; on_oom="halve" does so where it must.'
 
 
 def is_shortage(error: BaseException) -> bool:

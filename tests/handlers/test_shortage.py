@@ -407,12 +407,16 @@ def test_a_step_of_ones_own_cannot_be_split():
     total = jh.handler(
         lambda carry, x: (carry + x.sum(), x), batch_size=8, on_batch_finish=Exhausted(*range(99))
     )
-    with pytest.raises(jh.DeviceMemoryError, match="batch_size: saw 1 batch of 8 rows at once"):
+    with pytest.raises(
+        jh.DeviceMemoryError, match="batch_size: saw 1 batch of 8 rows at once.* batch_size=4,"
+    ):
         total.handle_from_host(0.0, X, macrobatch_size=32, on_oom="halve")
 
 
 def test_halving_ends_with_micro_batches_of_one_row():
-    with pytest.raises(jh.DeviceMemoryError, match="1 batch of 8 rows at once in 8 micro-batches"):
+    with pytest.raises(
+        jh.DeviceMemoryError, match="8 rows at once in 8 micro-batches.* One row is more than"
+    ):
         train(*range(99), on_oom="halve")
     # Four, two and one batches at once, then two, four and eight micro-batches.
     assert LISTENER.calls == 6
@@ -420,8 +424,16 @@ def test_halving_ends_with_micro_batches_of_one_row():
 
 def test_rows_on_the_device_are_not_cut():
     calc = jh.calculator(lambda params, x: x, batch_size=8, on_batch_finish=Exhausted(1))
-    with pytest.raises(jh.DeviceMemoryError, match=r"batch_size: .*call \*_from_host"):
+    with pytest.raises(jh.DeviceMemoryError, match=r"batch_size: .*=4, .*call \*_from_host"):
         calc.calc((), X)
+
+
+def test_what_fits_into_what_is_free_is_advised(monkeypatch):
+    # A row is 16 bytes, and so is its output.
+    monkeypatch.setattr("jaxhandler.handlers.shortage.free_bytes", lambda device: 3 * 32)
+    calc = jh.calculator(lambda params, x: 1 * x, batch_size=8, on_batch_finish=Exhausted(1))
+    with pytest.raises(jh.DeviceMemoryError, match=r"Pass batch_size=3, .* on_oom=.halve. does"):
+        calc.calc_from_host((), X, macrobatch_size=32)
 
 
 def test_other_errors_stay_as_they_are():
