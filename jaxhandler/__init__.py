@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from jaxhandler.data.database import Database as Database
     from jaxhandler.data.opening import database as database
     from jaxhandler.data.packs import PackedSource as PackedSource
+    from jaxhandler.data.ranges import within as within
     from jaxhandler.ensembles.batching import BatchedModels as BatchedModels
     from jaxhandler.ensembles.batching import batch_models as batch_models
     from jaxhandler.ensembles.ensemble import ensemble as ensemble
@@ -128,6 +129,7 @@ else:
         "data.database": "Database",
         "data.opening": "database",
         "data.packs": "PackedSource",
+        "data.ranges": "within",
         "ensembles.batching": "BatchedModels batch_models",
         "ensembles.ensemble": "ensemble",
         "ensembles.isolation": "check_isolation",
@@ -275,4 +277,5 @@ __all__ = [
     "unstack",
     "validator",
     "with_epsilon",
+    "within",
 ]

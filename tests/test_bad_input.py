@@ -352,6 +352,27 @@ class Endless:
         return np.zeros((rows.stop - rows.start, 100), np.float32)
 
 
+# Labels.
+
+LABELS = {
+    "a label out of range": Case(
+        lambda _: CALC.calc_from_host(P, jh.within({"x": np.int32([1, 7, -1])}, {"x": (0, 2)})),
+        ValueError,
+        ("data['x']: saw 7 in row 1, expected 0 to 2", "Mend the rows"),
+    ),
+    "a label out of range in a file": Case(
+        lambda folder: TRAINER.train_from_host(STATE, jh.within(labelled(folder), {"y": (0, 2)})),
+        ValueError,
+        ("data['y']: saw -1 in row 9, expected 0 to 2",),
+    ),
+}
+
+
+def labelled(folder: Path) -> dict[str, Any]:
+    np.save(folder / "y.npy", np.int32([*range(3)] * 3 + [-1]))
+    return {"x": X, "y": folder / "y.npy"}
+
+
 # float64.
 
 DOUBLE = X.astype(np.float64)
@@ -393,6 +414,11 @@ def infer_case(inputs: Any, error: type[BaseException], *texts: str) -> Case:
     return Case(lambda _: INFER(inputs), error, texts)
 
 
+def infer_of(narrowing: str, dtype: Any = np.float32) -> jh.MemoizingInferer:
+    example = {"x": X[:1].astype(dtype)}
+    return jh.memoizing_inferer(lambda _, rows: rows, (), example, narrowing=narrowing)
+
+
 INPUTS = {
     "inferer: rows that disagree": infer_case(
         {"x": X, "y": Y[:9]}, ValueError, "10 rows in inputs['x'], 9 rows in inputs['y']"
@@ -405,6 +431,22 @@ INPUTS = {
     ),
     "inferer: another dtype": infer_case(
         {"x": X.astype(np.int32), "y": Y}, TypeError, "inputs['x']: saw dtype int32", ".astype"
+    ),
+    "inferer: float64 that warns": infer_case(
+        {"x": DOUBLE, "y": Y}, UserWarning, "inputs['x']: saw float64, expected float32"
+    ),
+    "inferer: float64 where it is refused": Case(
+        lambda _: infer_of("raise")({"x": DOUBLE}), TypeError, ("inputs['x']: saw float64",)
+    ),
+    "inferer: 1e300": Case(
+        lambda _: infer_of("allow")({"x": np.where(X < 25, DOUBLE, 1e300)}),
+        OverflowError,
+        ("inputs['x']: saw 1e+300 in row 8, expected a finite float32",),
+    ),
+    "inferer: int64 above int32": Case(
+        lambda _: infer_of("allow", np.int32)({"x": np.int64(X) + 2**40}),
+        OverflowError,
+        ("inputs['x']: saw 1099511627776 in row 0", "int32"),
     ),
     "inferer: text": infer_case(
         {"x": X.astype(str), "y": Y}, TypeError, "inputs['x']: saw dtype <U", "Encode"
@@ -535,7 +577,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-TABLE = {**BY_ROWS, **ARGUMENTS, **PARAMS, **STACKED, **OUTPUTS, **FLOATS, **INPUTS, **FILES}
+TABLE = BY_ROWS | ARGUMENTS | PARAMS | STACKED | OUTPUTS | LABELS | FLOATS | INPUTS | FILES
 
 
 @contextlib.contextmanager
@@ -618,8 +660,8 @@ def test_small_integers_wrap_as_in_numpy() -> None:
     assert calculate(lambda _, rows: rows["a"] + rows["b"], rows).tolist() == [44]
 
 
-def test_labels_outside_the_classes_are_not_looked_for() -> None:
-    """As `jax.nn.one_hot` has it, they are no class: zeros."""
+def test_labels_outside_the_classes_are_only_looked_for_if_asked() -> None:
+    """Else, as `jax.nn.one_hot` has it, they are no class: zeros."""
     labels = np.int32([1, 7, -1])
     classes = calculate(lambda _, labels: jax.nn.one_hot(labels, 3), labels)
     assert classes.tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]

@@ -110,7 +110,7 @@ def check_fits(
     if low >= limits.min and high <= limits.max:
         return
     wrong = np.argwhere((array < limits.min) | (array > limits.max))[0]
-    seen = f"{array[tuple(wrong)]}{_in_row(rows, wrong)}"
+    seen = f"{array[tuple(wrong)]}{in_row(rows, wrong)}"
     fix = "Subtract an offset, split the number in two, or set jax_enable_x64."
     expected = f"{limits.min} to {limits.max} ({target})"
     raise OverflowError(explain(name, seen=seen, expected=expected, fix=fix))
@@ -183,13 +183,23 @@ def _check_finite(
         lost = np.isfinite(array) & ~np.isfinite(narrowed)
         if lost.any():
             wrong = np.argwhere(lost)[0]
-            seen = f"{array[tuple(wrong)]}{_in_row(rows, wrong)}"
+            seen = f"{array[tuple(wrong)]}{in_row(rows, wrong)}"
             fix = "Scale the values, or keep a wider dtype; float64 needs jax_enable_x64."
             expected = f"a finite {narrowed.dtype}"
             raise OverflowError(explain(name, seen=seen, expected=expected, fix=fix))
 
 
-def _in_row(rows: int | np.ndarray | None, wrong: np.ndarray) -> str:
+def in_row(rows: int | np.ndarray | None, wrong: np.ndarray) -> str:
+    """Returns " in row 3" for the place of a value, as messages end; nothing where there are none.
+
+    Args:
+        rows: The source's number of the first row, or of every row; None where there are no rows.
+        wrong: The place among them.
+
+    Example:
+        >>> in_row(100, np.array([3, 0]))
+        ' in row 103'
+    """
     if rows is None:
         return ""
     row = int(rows[wrong[0]]) if isinstance(rows, np.ndarray) else rows + int(wrong[0])

@@ -1,0 +1,122 @@
+"""Numbers outside of their range: refused with column and row, however rows are read."""
+
+import numpy as np
+import optax
+import pytest
+
+import jaxhandler as jh
+
+X = np.arange(40, dtype=np.float32).reshape(20, 2)
+GOOD = (np.arange(20) % 10).astype(np.int32)
+BAD = np.where(np.arange(20) == 13, -1, GOOD).astype(np.int32)
+REFUSED = r"\['y'\]: saw -1 in row 13, expected 0 to 9. Mend the rows"
+
+
+def columns(y):
+    return {"x": X, "y": y}
+
+
+@pytest.fixture(params=["memory", "folder", "zarr", "parquet"])
+def stored(request, tmp_path):
+    """Puts columns where they are read from."""
+
+    def store(data):
+        if request.param == "memory":
+            return data
+        ending = {"folder": "", "zarr": ".zarr", "parquet": ".parquet"}[request.param]
+        jh.copy_rows(data, tmp_path / f"rows{ending}")
+        return tmp_path / f"rows{ending}"
+
+    return store
+
+
+def test_rows_within_are_as_they_were(stored):
+    source = jh.within(stored(columns(GOOD)), {"y": (0, 9)})
+    for rows in (source.read(3, 17), source.columns(["y", "x"]).read(3, 17)):
+        np.testing.assert_array_equal(rows["y"], GOOD[3:17])
+        np.testing.assert_array_equal(rows["x"], X[3:17])
+    assert source.take is not None
+    np.testing.assert_array_equal(source.take(np.array([19, 2]))["y"], GOOD[[19, 2]])
+    source.check()
+
+
+def test_rows_outside_are_refused_however_they_are_read(stored):
+    source = jh.within(stored(columns(BAD)), {"y": (0, 9)})
+    assert source.take is not None
+    reads = [
+        source.check,
+        lambda: source.read(10, 20),
+        lambda: source.take(np.array([2, 13, 5])),
+        lambda: source.columns(["y"]).read(13, 14),
+        lambda: source.read.into(10, 20, {"x": np.empty_like(X[:10]), "y": GOOD[:10].copy()}),
+    ]
+    if source.borrow is not None:
+        reads.append(lambda: source.borrow(0, 20))
+    for read in reads:
+        with pytest.raises(ValueError, match=REFUSED):
+            read()
+    # Other rows, and other columns, can be read.
+    source.read(0, 13)
+    source.columns(["x"]).read(0, 20)
+
+
+@pytest.mark.parametrize("shuffle", [None, "rows", "global"])
+def test_no_step_sees_a_row_outside(shuffle, stored):
+    seen = []
+
+    def loss_fn(params, batch):
+        seen.append(batch)
+        return (batch["x"] @ params - batch["y"]) ** 2
+
+    trainer = jh.trainer(loss_fn, optax.sgd(0.1), batch_size=4)
+    state = trainer.init(np.ones(2, np.float32), key=np.uint32([0, 1]))
+    data = jh.within(stored(columns(BAD)), {"y": (0, 9)})
+    with pytest.raises(ValueError, match=REFUSED):
+        trainer.train_from_host(state, data, shuffle=shuffle, macrobatch_size=8)
+    assert seen == []
+
+
+def test_only_columns_that_have_limits_count_for_that(monkeypatch):
+    monkeypatch.setattr("jaxhandler.data.ranges._CHECKED", 4 * 20)
+    with pytest.raises(ValueError, match=REFUSED):
+        jh.within(columns(BAD), {"y": (0, 9)}).check()
+
+
+def test_it_may_stand_among_other_columns():
+    data = {"x": X, "y": jh.within(BAD, (0, 9), argument="labels")}
+    with pytest.raises(ValueError, match="labels: saw -1 in row 13"):
+        jh.open_source(data).read(0, 20)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 40.5])
+def test_what_is_no_number_lies_in_no_range(value):
+    floats = X.copy()
+    floats[7, 1] = value
+    with pytest.raises(ValueError, match=rf"data: saw {value} in row 7, expected 0 to 40"):
+        jh.within(floats, (0, 40)).read(0, 20)
+
+
+def test_what_is_large_is_looked_at_when_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxhandler.data.ranges._CHECKED", 4 * 20 - 1)
+    np.save(tmp_path / "y.npy", BAD)
+    source = jh.within(tmp_path / "y.npy", (0, 9))
+    source.check()
+    with pytest.raises(ValueError, match=r"y.npy: saw -1 in row 13"):
+        source.read(0, 20)
+
+
+@pytest.mark.parametrize(
+    ("limits", "error", "text"),
+    [
+        ({"z": (0, 9)}, ValueError, r"limits\['z'\]: saw no such column, expected some of limits"),
+        ((0, 9), ValueError, "limits: saw no such column"),
+        ({"y": 9}, TypeError, r"limits\['y'\]: saw 9, expected a pair"),
+        ({"y": (0, "9")}, TypeError, r"limits\['y'\]: saw \(0, '9'\), expected a pair"),
+        ({"y": (9, 0)}, ValueError, r"limits\['y'\]: saw \(9, 0\), expected the lowest"),
+        ({"c": (0, 1)}, TypeError, r"limits\['c'\]: saw a column of complex64"),
+    ],
+    ids=str,
+)
+def test_limits_that_make_no_sense_are_refused(limits, error, text):
+    with pytest.raises(error, match=text):
+        jh.within({**columns(GOOD), "c": np.ones(20, np.complex64)}, limits)
