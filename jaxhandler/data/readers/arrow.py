@@ -23,6 +23,7 @@ from jaxhandler.data.readers.reader import (
     Stored,
     check_unchanged,
     damaged,
+    is_damage,
     nested,
     stamp_of,
 )
@@ -155,6 +156,8 @@ def _opened(
         with pa.memory_map(str(path)) as file:
             yield file, pa.ipc.open_file(file, options=options)
     except (pa.ArrowException, OSError, struct.error) as error:
+        if not is_damage(error):
+            raise
         raise damaged(str(path), "Arrow IPC", error) from error
 
 
@@ -236,6 +239,8 @@ def _decoded(pa: Any, path: Path, table: Any, batch: _Batch) -> Any:
         rows = table.get_batch(batch.number)
         rows.validate()  # Or an array whose nulls are nowhere would be the end of Python.
     except (pa.ArrowException, OSError) as error:
+        if not is_damage(error):
+            raise
         where = f"{error}, in rows {batch.first} to {batch.first + batch.rows}"
         raise damaged(str(path), "Arrow IPC", where) from error
     return rows

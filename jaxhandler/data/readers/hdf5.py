@@ -21,6 +21,7 @@ from jaxhandler.data.readers.reader import (
     Stored,
     check_unchanged,
     damaged,
+    is_damage,
     nested,
     stamp_of,
 )
@@ -73,6 +74,8 @@ def hdf5_reader(path: Path, missing: str, intact: Intact = FOREIGN) -> Any:
             codecs = [codec for dataset in datasets for codec in _codecs(dataset)]
             warn_of_codecs(str(path), codecs, said)
     except (OSError, RuntimeError) as error:
+        if not is_damage(error):
+            raise
         raise damaged(str(path), "HDF5", error) from error
     return nested(path, columns)
 
@@ -132,6 +135,8 @@ def _through_h5py(
             look(dataset, start, stop)
             dataset.read_direct(rows, np.s_[start:stop])
         except (OSError, RuntimeError) as error:
+            if not is_damage(error):
+                raise
             raise damaged(name, "HDF5", f"{error}, in rows {start} to {stop}") from error
 
     def check() -> None:

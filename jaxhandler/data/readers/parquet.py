@@ -16,6 +16,7 @@ from jaxhandler.data.readers.reader import (
     Stamp,
     check_unchanged,
     damaged,
+    is_damage,
     stamp_of,
 )
 from jaxhandler.data.readers.table import check_schemas, chosen, stored_as, values
@@ -76,6 +77,8 @@ def parquet_reader(
                 parts.append(_Part(path, file.metadata, stamp))
                 schemas.append(file.schema_arrow)
         except (pa.ArrowException, OSError) as error:
+            if not is_damage(error):
+                raise
             raise damaged(str(path), "Parquet", error) from error
     check_schemas(paths, schemas)
     blocks = [block for number, part in enumerate(parts) for block in _blocks(number, part)]
@@ -94,9 +97,9 @@ def parquet_reader(
                 where = f", in rows {block.first + block.low} to {block.first + block.high}"
                 _compare(intact, parts[block.part], block, columns)
                 yield block, _decoded(file, block, columns)
-        except FileNotFoundError:
-            raise
         except (pa.ArrowException, OSError) as error:
+            if not is_damage(error):
+                raise
             raise damaged(str(parts[opened].path), "Parquet", f"{error}{where}") from error
         finally:
             if file is not None:

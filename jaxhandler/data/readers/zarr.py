@@ -122,6 +122,8 @@ def _arrays(zarr: Any, path: Path, keys: list[str]) -> Iterator[tuple[list[str],
     try:
         node = zarr.open(path, mode="r")
     except (ValueError, TypeError, KeyError, OSError) as error:
+        if not is_damage(error):
+            raise
         raise damaged(str(path), "Zarr", error) from error
     if isinstance(node, zarr.Array):
         yield keys, node
