@@ -81,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="write the predictions for a file",
         description="Computes the outputs for all rows of a source and writes them to a sink; "
-        "neither has to fit in memory. Rows are first in both: what an ensemble gives as "
-        "[members, rows, ...] is written as [rows, members, ...].",
+        "neither has to fit in memory. Rows are first in both, wherever the model has them: what "
+        "an ensemble gives as [members, rows, ...] is written as [rows, members, ...].",
     )
     run.add_argument("artifact", metavar="ARTIFACT", help="the folder")
     run.add_argument(
@@ -174,10 +174,6 @@ def _leaves(described: Mapping[str, Any], axis: int) -> list[str]:
 def _run(options: argparse.Namespace) -> None:
     infer = load_inferer(options.artifact)
     axis, rows_at = infer.inputs.axis, infer.outputs.axis
-    if axis:
-        seen, fix = f"inputs whose rows are on axis {axis}", "Call the loaded inferer instead."
-        text = explain(options.artifact, seen=seen, expected="rows on the first", fix=fix)
-        raise ValueError(text)
     if os.path.realpath(options.source) == os.path.realpath(options.sink):
         seen, fix = "the source", "Choose another path: the rows would be replaced."
         raise ValueError(explain(options.sink, seen=seen, expected="a sink", fix=fix))
@@ -189,7 +185,8 @@ def _run(options: argparse.Namespace) -> None:
         return {name: rows[name] for name in wanted} if named else rows
 
     def rows_first(params: Any, rows: Any) -> Any:
-        outputs = apply_fn(params, columns(rows))
+        inputs = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, axis), columns(rows))
+        outputs = apply_fn(params, inputs)
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, rows_at, 0), outputs)
 
     _check_source(options.source, infer, columns(source.specs))
@@ -207,10 +204,15 @@ def _run(options: argparse.Namespace) -> None:
 
 def _check_source(path: str, infer: MemoizingInferer, specs: Any) -> None:
     """Refuses rows that the model does not take, before anything is compiled."""
-    # One zero for all, which takes no memory.
-    rows = jax.tree.map(lambda spec: np.broadcast_to(np.zeros((), spec.dtype), spec.shape), specs)
+    # One zero for all, which takes no memory; files have their rows on the first axis.
+    axis = infer.inputs.axis
+
+    def zeros(spec: Any) -> np.ndarray:
+        rows = np.broadcast_to(np.zeros((), spec.dtype), spec.shape)
+        return np.moveaxis(rows, 0, axis) if rows.ndim > axis else rows
+
     try:
-        infer.inputs.check(infer.inputs.leaves(rows))
+        infer.inputs.check(infer.inputs.leaves(jax.tree.map(zeros, specs)))
     except (ValueError, TypeError) as error:
         raise type(error)(f"{path}: {error}") from error
 
