@@ -34,8 +34,8 @@ def within(data: Any, limits: Any, *, argument: str = "data") -> Source:
 
     Args:
         data: Whatever `open_source` takes, one leading size `N`.
-        limits: For data of one array a pair `(lowest, highest)`, both included; else dicts of pairs
-            as the columns are. Those that are left out may hold anything.
+        limits: For data of one array a pair `(lowest, highest)`, both included; else dicts or
+            tuples of pairs as the columns are. What is left out, or None, may hold anything.
         argument: How messages call `data`.
 
     Returns:
@@ -125,7 +125,8 @@ def _check(name: str, array: np.ndarray, limits: tuple[Any, Any], rows: int | np
 
 
 def _check_pair(name: str, pair: Any) -> None:
-    if not _is_pair(pair) or len(pair) != 2 or not all(isinstance(each, Real) for each in pair):
+    pairs = isinstance(pair, tuple) and len(pair) == 2
+    if not pairs or not all(isinstance(each, Real) for each in pair):
         seen, expected = repr(pair), "a pair of numbers, (lowest, highest)"
         raise TypeError(explain(name, seen=seen, expected=expected))
     if not pair[0] <= pair[1]:
@@ -134,7 +135,7 @@ def _check_pair(name: str, pair: Any) -> None:
 
 
 def _is_pair(limits: Any) -> bool:
-    return isinstance(limits, tuple)
+    return isinstance(limits, (tuple, list)) and jax.tree_util.all_leaves(limits)
 
 
 def _is_real(dtype: Any) -> bool:

@@ -88,6 +88,13 @@ def test_it_may_stand_among_other_columns():
         jh.open_source(data).read(0, 20)
 
 
+@pytest.mark.parametrize("limits", [(None, (0, 9)), ((0, 39), (0, 9))])
+def test_columns_of_a_tuple_have_theirs_in_a_tuple(limits):
+    jh.within((X, GOOD), limits).check()
+    with pytest.raises(ValueError, match=r"data\[1\]: saw -1 in row 13"):
+        jh.within((X, BAD), limits).check()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, 40.5])
 def test_what_is_no_number_lies_in_no_range(value):
     floats = X.copy()
@@ -112,6 +119,8 @@ def test_what_is_large_is_looked_at_when_it_is_read(tmp_path, monkeypatch):
         ((0, 9), ValueError, "limits: saw no such column"),
         ({"y": 9}, TypeError, r"limits\['y'\]: saw 9, expected a pair"),
         ({"y": (0, "9")}, TypeError, r"limits\['y'\]: saw \(0, '9'\), expected a pair"),
+        ({"y": [0, 9]}, TypeError, r"limits\['y'\]: saw \[0, 9\], expected a pair"),
+        ({"y": ()}, TypeError, r"limits\['y'\]: saw \(\), expected a pair"),
         ({"y": (9, 0)}, ValueError, r"limits\['y'\]: saw \(9, 0\), expected the lowest"),
         ({"c": (0, 1)}, TypeError, r"limits\['c'\]: saw a column of complex64"),
     ],
