@@ -12,6 +12,7 @@ from jaxhandler.data.dtypes import check_leaf
 from jaxhandler.errors import a_type, explain, form
 from jaxhandler.handlers.jaxprs import convolves
 from jaxhandler.handlers.means import as_mean, merged
+from jaxhandler.handlers.reaching import reached_gradient
 from jaxhandler.trees import is_key, leaves_with_paths
 from jaxhandler.typing import Batch, Mean, RunReport, Step
 
@@ -231,7 +232,7 @@ def make_train_step(
         count = jnp.where(mean.count > 0, mean.count, jnp.ones_like(mean.count))
         return mean.total / count, (mean, model_state)
 
-    gradient = jax.value_and_grad(objective, has_aux=True)
+    gradient = reached_gradient(objective)
     fitting: set[Any] = set()
 
     def whole(state: TrainState, batch: Batch, key: Any) -> tuple[Mean, Any, Any]:
