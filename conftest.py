@@ -5,6 +5,7 @@ It stands at the root because a conftest holds only for what lies below its fold
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ LIBRARY_THREADS = ("asyncio_", "zarr_io")
 SECONDS_TO_END = 5.0
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# What a shell starts in the background ignores Ctrl-C, and so does all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
