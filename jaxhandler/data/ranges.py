@@ -30,7 +30,8 @@ def within(data: Any, limits: Any, *, argument: str = "data") -> Source:
     zeros for it, a loss of `optax` NaN for one too large and a plausible number for -1.
 
     Rows are looked at whenever they are read, columns of up to 256 MiB also before a run begins.
-    NaN lies in no range.
+    These are all rows of `data`, also those that no split of a database has: limit what
+    `database.source` gives, not what a database is made from. NaN lies in no range.
 
     Args:
         data: Whatever `open_source` takes, one leading size `N`.
@@ -43,8 +44,8 @@ def within(data: Any, limits: Any, *, argument: str = "data") -> Source:
 
     Raises:
         TypeError: If a pair is none, or a column has no numbers that can be compared.
-        ValueError: If there is no such column, or a range is empty; where rows are read, if one
-            holds a number outside: names the column, the row and the number.
+        ValueError: If there is no such column, no limit at all, or a range is empty; where rows are
+            read, if one holds a number outside: names the column, the row and the number.
 
     Example:
         >>> labels = np.array([3, 0, 10, 9], np.int32)
@@ -56,6 +57,9 @@ def within(data: Any, limits: Any, *, argument: str = "data") -> Source:
     """
     source = open_source(data, argument=argument)
     specs, pairs = dict(leaves_with_paths(source.specs)), leaves_with_paths(limits, _is_pair)
+    if not pairs:
+        text = explain("limits", seen=repr(limits), expected="a pair (lowest, highest) at least")
+        raise ValueError(text)
     for path, pair in pairs:
         _check_pair(f"limits{path}", pair)
         if path not in specs:
@@ -116,12 +120,17 @@ def _of(names: Sequence[str], limits: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(name: str, array: np.ndarray, limits: tuple[Any, Any], rows: int | np.ndarray) -> None:
-    low, high = limits
-    if not array.size or (array.min() >= low and array.max() <= high):
+    if not array.size:
         return
-    wrong = np.argwhere(~((array >= low) & (array <= high)))[0]
-    seen, fix = f"{array[tuple(wrong)]}{in_row(rows, wrong)}", "Mend the rows, or leave them out."
-    raise ValueError(explain(name, seen=seen, expected=f"{low} to {high}", fix=fix))
+    (low, high), fix = limits, "Mend the rows, or leave them out."
+    # NumPy has no order for NaN among the dtypes that are not its own.
+    numbers = array.astype(np.float32) if array.dtype.kind == "V" else array
+    for place in (numbers.argmin(), numbers.argmax()):
+        # Numbers of Python compare exactly, where an array would round the limit to its own dtype.
+        if not low <= numbers.flat[place].item() <= high:
+            wrong = np.array(np.unravel_index(place, array.shape))
+            seen = f"{array[tuple(wrong)]}{in_row(rows, wrong)}"
+            raise ValueError(explain(name, seen=seen, expected=f"{low} to {high}", fix=fix))
 
 
 def _check_pair(name: str, pair: Any) -> None:
@@ -135,7 +144,8 @@ def _check_pair(name: str, pair: Any) -> None:
 
 
 def _is_pair(limits: Any) -> bool:
-    return isinstance(limits, (tuple, list)) and jax.tree_util.all_leaves(limits)
+    named = hasattr(limits, "_fields")
+    return isinstance(limits, (tuple, list)) and not named and jax.tree_util.all_leaves(limits)
 
 
 def _is_real(dtype: Any) -> bool:

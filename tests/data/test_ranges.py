@@ -1,5 +1,8 @@
 """Numbers outside of their range: refused with column and row, however rows are read."""
 
+from typing import Any, NamedTuple
+
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -95,6 +98,44 @@ def test_columns_of_a_tuple_have_theirs_in_a_tuple(limits):
         jh.within((X, BAD), limits).check()
 
 
+class Columns(NamedTuple):
+    x: Any
+    y: Any
+
+
+def test_columns_of_a_named_tuple_have_theirs_in_one():
+    with pytest.raises(ValueError, match=r"data\.y: saw -1 in row 13"):
+        jh.within(Columns(X, BAD), Columns(None, (0, 9))).check()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "numbers", "limits"),
+    [
+        (np.float32, [1, np.inf], (0, 1e39)),
+        (np.float16, [1, np.inf], (0, 70000)),
+        (np.float32, [2**25, 2**24], (2**24 + 1, 2**25)),
+        (np.uint8, [0, 255], (-1, 254)),
+        (ml_dtypes.bfloat16, [1, np.nan], (0, 9)),
+        (ml_dtypes.bfloat16, [1, 9.0625], (0, 9.03)),
+        (ml_dtypes.int4, [1, -2], (-1, 9)),
+    ],
+    ids=str,
+)
+def test_limits_are_exact_whatever_the_dtype(dtype, numbers, limits):
+    with pytest.raises(ValueError, match="in row 1, expected"):
+        jh.within(np.array(numbers, dtype), limits).read(0, 2)
+    jh.within(np.array(numbers[:1], dtype), limits).read(0, 1)
+    jh.within(np.array([1], np.float32), (0, 10**400)).read(0, 1)
+
+
+def test_of_a_database_the_rows_of_a_split_are_limited():
+    rows = [row for row in range(20) if row != 13]
+    database = jh.database(columns(BAD), inputs=["x"], targets=["y"], splits={"train": rows})
+    source = jh.within(database.source("train", ["x", "y"]), {"y": (0, 9)})
+    source.check()
+    np.testing.assert_array_equal(source.read(0, 19)["y"], GOOD[rows])
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, 40.5])
 def test_what_is_no_number_lies_in_no_range(value):
     floats = X.copy()
@@ -117,6 +158,7 @@ def test_what_is_large_is_looked_at_when_it_is_read(tmp_path, monkeypatch):
     [
         ({"z": (0, 9)}, ValueError, r"limits\['z'\]: saw no such column, expected some of limits"),
         ((0, 9), ValueError, "limits: saw no such column"),
+        ({"y": None}, ValueError, r"limits: saw \{'y': None\}, expected a pair"),
         ({"y": 9}, TypeError, r"limits\['y'\]: saw 9, expected a pair"),
         ({"y": (0, "9")}, TypeError, r"limits\['y'\]: saw \(0, '9'\), expected a pair"),
         ({"y": [0, 9]}, TypeError, r"limits\['y'\]: saw \[0, 9\], expected a pair"),
