@@ -161,6 +161,9 @@ class Rewriter:
 
 def _is_more_than_arrays(eqn: Any) -> bool:
     """Whether types say what forms do not keep: that it is weak, or how an array is sharded."""
+    # A batch axis of `vmap` is sharded without a word of it in the types.
+    if jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        return True
     arrays = *eqn.invars, *eqn.outvars
     weak = any(array.aval.weak_type for array in eqn.outvars)
     return weak or any(any(array.aval.sharding.spec) for array in arrays)

@@ -213,6 +213,19 @@ def test_rows_may_lie_on_several_devices(mapped, x, kernel):
     assert_close(found, (convolve(x, kernel), derivatives(convolve)(x, kernel)))
 
 
+@pytest.mark.skipif(jax.device_count() < 2, reason="one device")
+@pytest.mark.parametrize("members", [True, False])
+def test_a_sharded_axis_may_be_mapped(members, x, kernel):
+    mesh = jax.make_mesh((2,), ("rows",), (AxisType.Explicit,), devices=jax.devices()[:2])
+    form = jh.fast_conv(convolve, members=members)
+    with jax.set_mesh(mesh):
+        arrays = jax.device_put(x, P("rows")), jax.device_put(kernel, P())
+        one_by_one = jax.vmap(lambda row, kernel: form(row[None], kernel)[0], (0, None))
+        found = jax.jit(one_by_one)(*arrays)
+    assert len(found.sharding.device_set) == 2
+    assert_close(found, convolve(x, kernel))
+
+
 def test_members_are_right_too(x, kernel):
     kernels = np.stack([kernel, 2 * kernel])
 
