@@ -163,6 +163,8 @@ class Rations:
         fits = size // self.share.pieces // 2
         if free is not None:
             fits = min(fits, size * free // max(needed, 1))
+        if fits < 1 and self._options.resident:
+            return "Call *_from_host, which has two macrobatches there."
         if fits < 1:
             return "One row is more than there is room for; take a smaller model."
         fix = (

@@ -302,7 +302,7 @@ def check_agents(agents: Sequence[Hashable]) -> None:
         if len(set(agents)) == len(agents):
             return
     except TypeError as error:
-        wrong = next(agent for agent in agents if not isinstance(agent, Hashable))
+        wrong = next(agent for agent in agents if not _has_hash(agent))
         expected = "something hashable, such as a number or a name"
         raise TypeError(explain("agents", seen=a_type(wrong), expected=expected)) from error
     seen: set[Hashable] = set()
@@ -311,6 +311,14 @@ def check_agents(agents: Sequence[Hashable]) -> None:
     raise ValueError(
         explain("agents", seen=f"{twice!r} twice", expected="each agent once", fix=fix)
     )
+
+
+def _has_hash(agent: Any) -> bool:
+    try:
+        hash(agent)
+    except TypeError:
+        return False
+    return True
 
 
 def agent_bits(agent: Hashable) -> tuple[int, int]:

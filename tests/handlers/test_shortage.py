@@ -428,6 +428,13 @@ def test_rows_on_the_device_are_not_cut():
         calc.calc((), X)
 
 
+def test_rows_on_the_device_that_fill_it_are_to_come_from_the_host(monkeypatch):
+    monkeypatch.setattr("jaxhandler.handlers.shortage.free_bytes", lambda *_: 0)
+    calc = jh.calculator(lambda params, x: x, batch_size=8, on_batch_finish=Exhausted(1))
+    with pytest.raises(jh.DeviceMemoryError, match=r"batch_size: .*free.* Call \*_from_host"):
+        calc.calc((), X)
+
+
 def test_what_fits_into_what_is_free_is_advised(monkeypatch):
     # A row is 16 bytes, and so is its output.
     monkeypatch.setattr("jaxhandler.handlers.shortage.free_bytes", lambda device: 3 * 32)

@@ -146,6 +146,7 @@ def test_a_model_that_fails_costs_the_others_nothing():
         ("a", 1, {"y": np.zeros(2, np.float32)}, "a: inputs of agent 1: saw no 'x'"),
         ("a", 1, row(1) | {"y": 0}, "a: inputs of agent 1: saw unknown 'y'"),
         ("a", [], row(1), "hashable"),
+        ("a", (1, [2]), row(1), "agents: saw a tuple, expected something hashable"),
         ("a", 1, {"x": np.zeros(2, np.int32)}, "a: inputs of agent 1['x']: saw dtype int32"),
     ],
 )
