@@ -75,7 +75,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def blaming(path: Path) -> Iterator[None]:
+def blaming(path: Path | str) -> Iterator[None]:
     """Names `path` in an OSError of the block that names no file: that of a full disk, mostly.
 
     Example:

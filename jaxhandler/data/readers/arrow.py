@@ -23,8 +23,8 @@ from jaxhandler.data.readers.reader import (
     Stored,
     check_unchanged,
     damaged,
-    is_damage,
     nested,
+    reading,
     stamp_of,
 )
 from jaxhandler.data.readers.table import check_schemas, chosen, flattened, stored_as, values
@@ -152,13 +152,9 @@ def _opened(
     """Maps a file; gives it and its `RecordBatchFileReader`, of all columns or of `only` these."""
     check_unchanged(path, stamp)
     options = pa.ipc.IpcReadOptions(included_fields=only)
-    try:
-        with pa.memory_map(str(path)) as file:
-            yield file, pa.ipc.open_file(file, options=options)
-    except (pa.ArrowException, OSError, struct.error) as error:
-        if not is_damage(error):
-            raise
-        raise damaged(str(path), "Arrow IPC", error) from error
+    senseless = (pa.ArrowException, UnicodeDecodeError, struct.error, OSError)
+    with reading(str(path), "Arrow IPC", senseless), pa.memory_map(str(path)) as file:
+        yield file, pa.ipc.open_file(file, options=options)
 
 
 def _batches(pa: Any, file: Any, part: int) -> Iterator[_Batch]:
@@ -235,14 +231,10 @@ def _places(
 
 
 def _decoded(pa: Any, path: Path, table: Any, batch: _Batch) -> Any:
-    try:
+    where = lambda: f"rows {batch.first} to {batch.first + batch.rows}"  # noqa: E731
+    with reading(str(path), "Arrow IPC", (pa.ArrowException, OSError), where):
         rows = table.get_batch(batch.number)
         rows.validate()  # Or an array whose nulls are nowhere would be the end of Python.
-    except (pa.ArrowException, OSError) as error:
-        if not is_damage(error):
-            raise
-        where = f"{error}, in rows {batch.first} to {batch.first + batch.rows}"
-        raise damaged(str(path), "Arrow IPC", where) from error
     return rows
 
 

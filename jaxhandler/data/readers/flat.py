@@ -22,6 +22,7 @@ from jaxhandler.data.readers.advice import Watch
 from jaxhandler.data.readers.intact import FOREIGN, Intact, rows_of
 from jaxhandler.data.readers.reader import Reader, Stamp, Stored, check_unchanged
 from jaxhandler.errors import explain
+from jaxhandler.files import blaming
 
 __all__ = ["Place", "check_length", "flat_reader", "scattered", "spans", "take_rows"]
 
@@ -215,11 +216,12 @@ def _fill(file: FileIO, view: memoryview, position: int) -> bool:
             return _copy(file, view, position)
     file.seek(position)
     done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])
-        if not count:
-            return False
-        done += count
+    with blaming(os.fspath(file.name)):
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                return False
+            done += count
     return True
 
 

@@ -20,15 +20,16 @@ from jaxhandler.data.readers.reader import (
     Stamp,
     Stored,
     check_unchanged,
-    damaged,
-    is_damage,
     nested,
+    reading,
     stamp_of,
 )
 from jaxhandler.errors import explain, extra
 
 __all__ = ["dataset_reader", "hdf5_reader"]
 
+# What h5py raises of files that it cannot make sense of.
+_SENSELESS = (OSError, RuntimeError, KeyError, UnicodeDecodeError)
 _CODECS = {1: "gzip", 4: "szip", 307: "bz2", 32000: "lzf", 32015: "zstd"}
 # Scattered rows are picked out of pieces: whole chunks, but no more than fits a cache or a memory.
 _PIECE, _LARGEST_PIECE = 2**20, 2**26
@@ -59,24 +60,21 @@ def hdf5_reader(path: Path, missing: str, intact: Intact = FOREIGN) -> Any:
     columns: list[tuple[list[str], Reader]] = []
     datasets: list[Any] = []
     said: set[str] = set()
-    try:
-        with h5py.File(path, "r") as file:
-            if file.mode != "r":
-                fix = "Close it before, or pass the open file."
-                seen, expected = "a file open for writing", "a file that is whole"
-                raise ValueError(explain(str(path), seen=seen, expected=expected, fix=fix))
-            # Visiting meets each object once, however many links lead to it.
-            file.visititems(lambda _, item: datasets.append(item))
-            datasets = [item for item in datasets if isinstance(item, h5py.Dataset)]
-            for dataset in datasets:
-                keys = dataset.name.strip("/").split("/")
-                columns.append((keys, _reader(path, keys, dataset, stamp, missing, said, intact)))
-            codecs = [codec for dataset in datasets for codec in _codecs(dataset)]
-            warn_of_codecs(str(path), codecs, said)
-    except (OSError, RuntimeError) as error:
-        if not is_damage(error):
-            raise
-        raise damaged(str(path), "HDF5", error) from error
+    with reading(str(path), "HDF5", _SENSELESS), h5py.File(path, "r") as file:
+        if file.mode != "r":
+            fix = "Close it before, or pass the open file."
+            seen, expected = "a file open for writing", "a file that is whole"
+            raise ValueError(explain(str(path), seen=seen, expected=expected, fix=fix))
+        # Visiting meets each object once, however many links lead to it.
+        file.visititems(lambda _, item: datasets.append(item))
+        datasets = [item for item in datasets if isinstance(item, h5py.Dataset)]
+        for dataset in datasets:
+            if not isinstance(dataset.name, str):
+                raise KeyError(f"a name that is no text, {dataset.name!r}")
+            keys = dataset.name.strip("/").split("/")
+            columns.append((keys, _reader(path, keys, dataset, stamp, missing, said, intact)))
+        codecs = [codec for dataset in datasets for codec in _codecs(dataset)]
+        warn_of_codecs(str(path), codecs, said)
     return nested(path, columns)
 
 
@@ -131,20 +129,13 @@ def _through_h5py(
 
     def fill(dataset: Any, rows: np.ndarray, start: int) -> None:
         stop = start + len(rows)
-        try:
+        with reading(name, "HDF5", _SENSELESS, lambda: f"rows {start} to {stop}"):
             look(dataset, start, stop)
             dataset.read_direct(rows, np.s_[start:stop])
-        except (OSError, RuntimeError) as error:
-            if not is_damage(error):
-                raise
-            raise damaged(name, "HDF5", f"{error}, in rows {start} to {stop}") from error
 
     def check() -> None:
-        try:
-            with opened() as dataset:
-                look(dataset, 0, num_rows)
-        except RuntimeError as error:
-            raise damaged(name, "HDF5", error) from error
+        with reading(name, "HDF5", _SENSELESS), opened() as dataset:
+            look(dataset, 0, num_rows)
 
     def read(start: int, stop: int) -> np.ndarray:
         rows = aligned_empty((stop - start, *row_shape), stored.dtype)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxhandler import checksums
 from jaxhandler.errors import explain
+from jaxhandler.files import blaming
 
 __all__ = ["FOREIGN", "Intact", "rows_of"]
 
@@ -126,7 +127,7 @@ class Intact:
         numbers = numbers[~seen[numbers]]
         if not len(numbers):
             return
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0) as file, blaming(path):
             for number in numbers.tolist():
                 start, stop = number * checksums.BLOCK, min((number + 1) * checksums.BLOCK, size)
                 if _checksum(file, start, stop, *held) != text[8 * number : 8 * number + 8]:

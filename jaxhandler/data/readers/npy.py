@@ -14,6 +14,7 @@ from jaxhandler.data.readers.flat import Place, check_length, flat_reader
 from jaxhandler.data.readers.intact import FOREIGN, Intact, RowsOf, rows_of
 from jaxhandler.data.readers.reader import Reader, Stamp, Stored
 from jaxhandler.errors import explain
+from jaxhandler.files import blaming
 
 __all__ = ["header", "npy_reader", "rows_at", "unreadable"]
 
@@ -52,7 +53,7 @@ def npy_reader(path: Path, intact: Intact = FOREIGN) -> Reader:
     if damaged:
         # It may be the header or the rows behind it, which are named where the header makes sense.
         intact.check(path, 0, 1, _rows_in(name, path))
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, blaming(path):
         stored, fortran = header(name, file)
         offset = file.tell()
     return rows_at(name, path, stored, offset, fortran=fortran, intact=intact)

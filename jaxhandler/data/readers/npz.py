@@ -25,6 +25,7 @@ from jaxhandler.data.readers.reader import (
     stamp_of,
 )
 from jaxhandler.errors import explain
+from jaxhandler.files import blaming
 
 __all__ = ["npz_reader"]
 
@@ -126,13 +127,14 @@ class _Stream:
         done = 0
         with self._lock:
             try:
-                file = self._opened()
-                file.seek(self._begin + start * row_bytes)
-                while done < len(view):
-                    count = file.readinto(view[done : done + _PIECE])
-                    if not count:
-                        raise EOFError("it ends early")
-                    done += count
+                with blaming(self._path):
+                    file = self._opened()
+                    file.seek(self._begin + start * row_bytes)
+                    while done < len(view):
+                        count = file.readinto(view[done : done + _PIECE])
+                        if not count:
+                            raise EOFError("it ends early")
+                        done += count
             except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                 self._close()
                 raise damaged(self._name, ".npz", f"{error}, near row {start}") from error

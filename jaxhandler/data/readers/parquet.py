@@ -16,7 +16,7 @@ from jaxhandler.data.readers.reader import (
     Stamp,
     check_unchanged,
     damaged,
-    is_damage,
+    reading,
     stamp_of,
 )
 from jaxhandler.data.readers.table import check_schemas, chosen, stored_as, values
@@ -68,39 +68,36 @@ def parquet_reader(
             a file does not count its nulls.
     """
     pa, pq = extra("pyarrow", name), extra("pyarrow.parquet", name)
+    senseless = (pa.ArrowException, UnicodeDecodeError, OSError)
     parts, schemas = [], []
     for path in paths:
         stamp = stamp_of(path.stat())
         intact.check_layout(path)
-        try:
-            with pq.ParquetFile(path) as file:
-                parts.append(_Part(path, file.metadata, stamp))
-                schemas.append(file.schema_arrow)
-        except (pa.ArrowException, OSError) as error:
-            if not is_damage(error):
-                raise
-            raise damaged(str(path), "Parquet", error) from error
+        with reading(str(path), "Parquet", senseless), pq.ParquetFile(path) as file:
+            parts.append(_Part(path, file.metadata, stamp))
+            schemas.append(file.schema_arrow)
     check_schemas(paths, schemas)
     blocks = [block for number, part in enumerate(parts) for block in _blocks(number, part)]
     starts = np.cumsum([0, *(block.high - block.low for block in blocks)])
 
     def tables(numbers: Sequence[int], columns: list[str]) -> Iterator[tuple[_Block, Any]]:
-        file, opened, where = None, -1, ""
+        file, opened = None, -1
         try:
             for block in (blocks[number] for number in numbers):
-                if file is None or block.part != opened:
-                    if file is not None:
-                        file.close()
-                    opened, part = block.part, parts[block.part]
-                    check_unchanged(part.path, part.stamp)
-                    file = pq.ParquetFile(part.path, metadata=part.metadata, buffer_size=2**20)
-                where = f", in rows {block.first + block.low} to {block.first + block.high}"
-                _compare(intact, parts[block.part], block, columns)
-                yield block, _decoded(file, block, columns)
-        except (pa.ArrowException, OSError) as error:
-            if not is_damage(error):
-                raise
-            raise damaged(str(parts[opened].path), "Parquet", f"{error}{where}") from error
+                part = parts[block.part]
+                rows = f"rows {block.first + block.low} to {block.first + block.high}"
+                with reading(str(part.path), "Parquet", senseless, lambda rows=rows: rows):
+                    if file is None or block.part != opened:
+                        if file is not None:
+                            file.close()
+                        opened = block.part
+                        check_unchanged(part.path, part.stamp)
+                        file = pq.ParquetFile(part.path, metadata=part.metadata, buffer_size=2**20)
+                    _compare(intact, part, block, columns)
+                    table = _decoded(file, block, columns)
+                if table.num_rows != block.high - block.low:
+                    raise damaged(str(part.path), "Parquet", f"{table.num_rows} of {rows}")
+                yield block, table
         finally:
             if file is not None:
                 file.close()

@@ -1,7 +1,8 @@
 """What every format becomes, and the messages that all of them share."""
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,18 @@ from typing import Any
 import numpy as np
 
 from jaxhandler.errors import explain
+from jaxhandler.files import blaming
 
-__all__ = ["Reader", "Stored", "check_unchanged", "damaged", "is_damage", "nested", "stamp_of"]
+__all__ = [
+    "Reader",
+    "Stored",
+    "check_unchanged",
+    "damaged",
+    "is_damage",
+    "nested",
+    "reading",
+    "stamp_of",
+]
 
 Stamp = tuple[int, int]
 
@@ -73,6 +84,40 @@ def is_damage(error: Exception) -> bool:
         (True, False)
     """
     return not isinstance(error, MemoryError) and getattr(error, "errno", None) is None
+
+
+@contextlib.contextmanager
+def reading(
+    name: str,
+    kind: str,
+    errors: tuple[type[Exception], ...],
+    where: Callable[[], str] | None = None,
+) -> Iterator[None]:
+    """Has errors of a library's in the block name the file: as damaged, or where the system failed.
+
+    Args:
+        name: How messages call the file.
+        kind: Its format.
+        errors: What the library raises of files that it cannot make sense of.
+        where: Says where, after ", in "; it is asked only then.
+
+    Raises:
+        ValueError: If the library raised one of these, and it is no error of the system.
+
+    Example:
+        >>> with reading("a.zarr", "Zarr", (KeyError,), lambda: "rows 0 to 8"):
+        ...     raise KeyError("codec")
+        Traceback (most recent call last):
+        ValueError: a.zarr: saw no valid Zarr file ('codec', in rows 0 to 8), expected a whole ...
+    """
+    try:
+        with blaming(name):
+            yield
+    except errors as error:
+        if not is_damage(error):
+            raise
+        seen = error if where is None else f"{error}, in {where()}"
+        raise damaged(name, kind, seen) from error
 
 
 def nested(path: Path, columns: Sequence[tuple[Sequence[str], Any]]) -> Any:

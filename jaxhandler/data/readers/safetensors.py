@@ -12,6 +12,7 @@ import numpy as np
 from jaxhandler.data.readers.npy import rows_at
 from jaxhandler.data.readers.reader import Stored, damaged, nested, stamp_of
 from jaxhandler.errors import explain
+from jaxhandler.files import blaming
 from jaxhandler.tensors import LARGEST_HEADER, NAMES
 
 __all__ = ["safetensors_reader"]
@@ -37,7 +38,7 @@ def safetensors_reader(path: Path) -> Any:
     """
     stamp = stamp_of(path.stat())
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, blaming(path):
             length = int.from_bytes(file.read(8), "little")
             if length > LARGEST_HEADER:
                 raise ValueError(f"a header of {length} bytes, more than {LARGEST_HEADER}")

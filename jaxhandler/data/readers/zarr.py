@@ -12,7 +12,7 @@ from jaxhandler.data.readers.advice import Codec, codec_of, warn_of_codecs
 from jaxhandler.data.readers.flat import Place, flat_reader
 from jaxhandler.data.readers.intact import FOREIGN, Intact
 from jaxhandler.data.readers.npy import unreadable
-from jaxhandler.data.readers.reader import Reader, Stored, damaged, is_damage, nested
+from jaxhandler.data.readers.reader import Reader, Stored, damaged, nested, reading
 from jaxhandler.data.readers.zarr_chunks import Chunks
 from jaxhandler.errors import explain, extra
 
@@ -21,6 +21,8 @@ __all__ = ["is_zarr", "zarr_array_reader", "zarr_reader"]
 _NODES = ("zarr.json", ".zarray", ".zgroup")
 _METADATA = (*_NODES, ".zattrs", ".zmetadata")
 _LARGEST_METADATA = 64 * 2**20
+# What zarr-python raises of JSON that describes no array.
+_SENSELESS = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError)
 
 
 def is_zarr(path: Path) -> bool:
@@ -106,12 +108,9 @@ def _reader(name: str, array: Any, missing: str, said: set[str], intact: Intact)
 
     def decoded(read: Callable[[], np.ndarray], indices: np.ndarray) -> np.ndarray:
         chunks.expect(indices)
-        try:
+        # Each codec has errors of its own.
+        with reading(name, "Zarr", (Exception,), lambda: chunks.unreadable(indices)):
             return read()
-        except Exception as error:  # Each codec has errors of its own.
-            if not is_damage(error):
-                raise
-            raise damaged(name, "Zarr", f"{error}, in {chunks.unreadable(indices)}") from error
 
     return Reader(name, stored, read, take, check=chunks.check)
 
@@ -119,12 +118,8 @@ def _reader(name: str, array: Any, missing: str, said: set[str], intact: Intact)
 def _arrays(zarr: Any, path: Path, keys: list[str]) -> Iterator[tuple[list[str], Any]]:
     """Yields all arrays in a folder; a group of zarr-python's would skip those it cannot open."""
     _check_sizes(path)
-    try:
+    with reading(str(path), "Zarr", _SENSELESS):
         node = zarr.open(path, mode="r")
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        if not is_damage(error):
-            raise
-        raise damaged(str(path), "Zarr", error) from error
     if isinstance(node, zarr.Array):
         yield keys, node
         return

@@ -123,7 +123,8 @@ class Chunks:
                     self._intact.check(path, 0, rows=lambda *_, rows=rows: rows)
                 if not self._raise:
                     continue
-                if not os.path.exists(path):
+                # A folder is no chunk either, but zarr-python would fill its rows.
+                if not os.path.isfile(path):
                     self.absent(path, row)
                 elif self._array.shards:
                     self._look_inside(path, (first, *rest), inside)

@@ -385,11 +385,12 @@ def test_an_open_tensorstore_is_read(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file that cannot be read")
-@pytest.mark.parametrize("name", ["x.h5", "x.zarr/zarr.json"])
-def test_a_file_that_the_system_cannot_read_is_not_called_damaged(name, tmp_path):
+@pytest.mark.parametrize("name", ["x.h5", "x.zarr/zarr.json", "x.npy"])
+def test_a_file_that_the_system_cannot_read_is_named_and_not_called_damaged(name, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     # Nothing lies at its beginning, and it lies on no disk.
     (tmp_path / name).symlink_to("/proc/self/mem")
     with pytest.raises(OSError, match="read failed|Input/output error") as caught:
         jh.open_source(tmp_path / name.partition("/")[0])
     assert caught.value.errno == errno.EIO
+    assert str(tmp_path / name.partition("/")[0]) in str(caught.value)

@@ -410,3 +410,21 @@ def test_a_file_that_is_open_for_writing_is_refused(x, path):
         file["x"] = x
         with pytest.raises(ValueError, match=f"{path}: saw a file open for writing"):
             jh.open_source(path)
+
+
+def test_a_flipped_bit_of_what_describes_the_rows_is_harmless_or_named(tmp_path):
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file["label"] = np.arange(100, dtype=np.int32)
+    whole, said = path.read_bytes(), []
+    for at in range(0, 1500, 7):
+        flipped = bytearray(whole)
+        flipped[at] ^= 0x80
+        path.write_bytes(flipped)
+        try:
+            source = jh.open_source(path)
+            source.read(0, source.num_rows)
+        except (ValueError, TypeError) as error:
+            said.append(str(error))
+    assert len(said) > 20
+    assert [text for text in said if str(path) not in text] == []

@@ -376,3 +376,16 @@ def test_a_large_row_group_is_read_in_pieces(tmp_path, monkeypatch):
         np.testing.assert_array_equal(rows["y"], np.arange(start, stop))
         np.testing.assert_array_equal(rows["x"][:, 0], np.arange(2 * start, 2 * stop, 2))
     np.testing.assert_array_equal(source.take(np.array([49, 0]))["y"], [49, 0])
+
+
+def test_flipped_bits_of_a_column_s_name_are_damage(tmp_path):
+    path = tmp_path / "x.parquet"
+    table = pa.table({"label": np.arange(9, dtype=np.int32), "y": np.arange(9, dtype=np.int32)})
+    pq.write_table(table, path, store_schema=False)
+    whole, at = path.read_bytes(), -1
+    while (at := whole.find(b"label", at + 1)) >= 0:
+        flipped = bytearray(whole)
+        flipped[at + 2] ^= 0xE5
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"x\.parquet.*: saw no valid Parquet file"):
+            jh.open_source(path).read(0, 9)

@@ -292,3 +292,26 @@ def test_metadata_larger_than_memory_is_refused_by_name(inside, name, x, path):
     os.truncate(file, 2**42)
     with pytest.raises(ValueError, match=rf"{name}: saw {2**42} bytes, expected metadata of at"):
         jh.open_source(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "[" * 100_000], ids=["list", "number", "deep"])
+def test_metadata_that_describe_no_array_are_damage(text, tmp_path):
+    array = zarr.create_array(tmp_path / "x.zarr", shape=(4,), chunks=(2,), dtype=np.float32)
+    array[:] = 1
+    (tmp_path / "x.zarr" / "zarr.json").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.zarr: saw no valid Zarr file"):
+        jh.open_source(tmp_path / "x.zarr")
+
+
+@pytest.mark.parametrize("codec", ["auto", None])
+def test_a_folder_in_the_place_of_a_chunk_is_no_chunk(codec, tmp_path):
+    rows, path = np.arange(1, 9, dtype=np.float32), tmp_path / "x.zarr"
+    zarr.create_array(path, data=rows, chunks=(2,), compressors=codec)
+    chunk = path / "c" / "1"
+    chunk.unlink()
+    chunk.mkdir()
+    source = jh.open_source(path)
+    with pytest.raises(ValueError, match="saw no chunk c/1 for row 2"):
+        source.check()
+    with pytest.raises((ValueError, IsADirectoryError), match="c/1"):
+        source.read(0, 8)
