@@ -125,12 +125,14 @@ def _check(name: str, array: np.ndarray, limits: tuple[Any, Any], rows: int | np
     (low, high), fix = limits, "Mend the rows, or leave them out."
     # NumPy has no order for NaN among the dtypes that are not its own.
     numbers = array.astype(np.float32) if array.dtype.kind == "V" else array
-    for place in (numbers.argmin(), numbers.argmax()):
-        # Numbers of Python compare exactly, where an array would round the limit to its own dtype.
-        if not low <= numbers.flat[place].item() <= high:
-            wrong = np.array(np.unravel_index(place, array.shape))
-            seen = f"{array[tuple(wrong)]}{in_row(rows, wrong)}"
-            raise ValueError(explain(name, seen=seen, expected=f"{low} to {high}", fix=fix))
+    # Numbers of Python compare exactly, where an array would round the limit to its own dtype.
+    outside = lambda number: not low <= number.item() <= high  # noqa: E731
+    if not any(outside(numbers.flat[place]) for place in (numbers.argmin(), numbers.argmax())):
+        return
+    first = next(place for place, number in enumerate(numbers.flat) if outside(number))
+    wrong = np.array(np.unravel_index(first, array.shape))
+    seen = f"{array[tuple(wrong)]}{in_row(rows, wrong)}"
+    raise ValueError(explain(name, seen=seen, expected=f"{low} to {high}", fix=fix))
 
 
 def _check_pair(name: str, pair: Any) -> None:

@@ -246,7 +246,7 @@ def test_what_is_read_is_aligned_for_a_device_put_without_a_copy(written):
 def test_several_threads_read_at_once(written):
     source = jh.open_source(written)
     with ThreadPoolExecutor(8) as pool:
-        starts = [start for _ in range(3) for start in range(ROWS - 4)]
+        starts = [start for _ in range(2) for start in range(ROWS - 4)]
         for start, rows in zip(
             starts, pool.map(lambda i: source.read(i, i + 4), starts), strict=True
         ):
